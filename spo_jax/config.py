@@ -1,0 +1,210 @@
+"""What a run is, as frozen dataclasses: every key, its default and its meaning, once.
+
+A configuration is YAML over these classes. ``load_config`` reads, overrides and
+validates it; ``describe`` prints the reference that ``--help`` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+BUILTIN_TASK = "builtin:arithmetic"
+"""What ``data.train``, ``sft_data.train`` and ``model.tokenizer`` say to use the built-in task."""
+
+
+def _key(default: Any, text: str) -> Any:
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Named:
+    """A choice by name with the options that choice takes: ``{name: dpo, beta: 0.1}``."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy to start from."""
+
+    path: str | None = _key(None, "Hugging Face folder or hub name, or the folder of a run")
+    init: dict[str, Any] | None = _key(
+        None, "instead of path: a config.json as a mapping; weights are drawn at random"
+    )
+    tokenizer: str | None = _key(None, "tokenizer folder or hub name, when not that of path")
+    param_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "stored weights")
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "matrix products")
+    remat: str = _key("none", "what the backward pass recomputes: none | dots | full | ...")
+    attention: Literal["auto", "xla", "cudnn"] = _key("auto", "attention kernel")
+    logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set of rows and how it is cut to length."""
+
+    train: str | None = _key(None, "file, folder, hub name, or builtin:arithmetic")
+    eval: str | None = _key(None, "held-out rows, same forms")
+    train_split: str = _key("train", "split of a hub data set")
+    eval_split: str = _key("test", "split of a hub data set")
+    eval_fraction: float = _key(0.0, "without eval: share of the prompts of train held out")
+    max_rows: int | None = _key(None, "use only the first rows of train")
+    max_prompt_length: int = _key(1024, "tokens; longer prompts are cut from the left")
+    max_completion_length: int = _key(1024, "tokens, EOS included; longer ones lose their end")
+    prompt_buckets: tuple[int, ...] | None = _key(None, "padded prompt lengths (default: by data)")
+    completion_buckets: tuple[int, ...] | None = _key(None, "padded completion lengths")
+    on_bad_row: Literal["error", "skip"] = _key("error", "what a row that cannot be used does")
+    chat_template: str | None = _key(None, "Jinja template, or its file, over the tokenizer's own")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """How the inner level and the regularizer are formed (METHOD section 3)."""
+
+    inner_data: Literal["chosen", "sft"] = _key(
+        "chosen", "inner level on the chosen completions, or on the rows of sft_data"
+    )
+    inner_value: Literal["reference", "running_min"] | float = _key(
+        "reference", "estimate of the smallest inner loss: reference | running_min | a number"
+    )
+    regularizer: Literal["nll", "hinge"] | None = _key(None, "R: pushes the chosen's likelihood")
+    regularizer_weight: float = _key(0.0, "mu, the weight of R")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen reference policy."""
+
+    mode: Literal["precomputed", "online", "none"] = _key(
+        "precomputed", "log-probs computed once ahead | in every step | no reference at all"
+    )
+    path: str | None = _key(None, "reference model (default: the policy as it starts)")
+    cache_dir: str | None = _key(None, "where log-probs are kept (default: the user's cache)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optax chain: clip, optimizer, decay, schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = _key("adamw", "optimizer")
+    learning_rate: float = _key(1e-6, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "after the warm-up")
+    warmup_ratio: float = _key(0.1, "share of the steps with a linear warm-up")
+    final_ratio: float = _key(0.0, "learning rate at the end, as a share of the peak")
+    weight_decay: float = _key(0.0, "decoupled; never on norms and biases")
+    max_grad_norm: float | None = _key(1.0, "global-norm clip; null: none")
+    options: dict[str, float] = _key({}, "further keywords of the optimizer (b1, b2, eps, ...)")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length and rhythm of one stage."""
+
+    steps: int | None = _key(None, "updates; this or epochs")
+    epochs: float | None = _key(None, "passes over the data; this or steps")
+    batch_size: int = _key(8, "rows per update, over all devices")
+    inner_batch_size: int | None = _key(None, "rows of sft_data per update (default: batch_size)")
+    gradient_accumulation: int = _key(1, "micro-batches an update is computed in")
+    log_every: int = _key(1, "updates between lines of metrics.jsonl")
+    eval_every: int | None = _key(None, "updates between held-out evaluations (also at the end)")
+    eval_batch_size: int | None = _key(None, "rows (default: batch_size)")
+    save_every: int | None = _key(None, "updates between checkpoints (also at the end)")
+    keep_checkpoints: int = _key(2, "newest checkpoints kept")
+    alarm_log_ratio: float = _key(
+        -2.0, "chosen log-ratio (nats) below which a growing margin raises the displacement alarm"
+    )
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The built-in arithmetic task (data.train: builtin:arithmetic)."""
+
+    digits: int = _key(3, "digits of each summand")
+    sft_problems: int = _key(3000, "problems with solutions, for SFT")
+    preference_problems: int = _key(2500, "problems the policy's own wrong samples are taken on")
+    test_problems: int = _key(500, "problems for exact answers")
+    samples: int = _key(4, "samples of the policy per preference problem")
+    temperature: float = _key(1.0, "of those samples")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; one axis may be -1: what is left."""
+
+    data: int = _key(-1, "copies of the parameters, each with its part of the batch")
+    fsdp: int = _key(1, "parts of the parameters and of the batch")
+    tensor: int = _key(1, "parts of each layer's heads and widths")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    output_dir: str = _key("runs/run", "folder of the run")
+    seed: int = _key(0, "of initialization, data order and sampling")
+    stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
+        ("preference",), "in order; baseline repeats preference with solver preference_only"
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft_data: DataConfig = field(default_factory=DataConfig)
+    loss: Named = field(default_factory=lambda: Named("dpo", {"beta": 0.1}))
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    solver: Named = field(default_factory=lambda: Named("penalty"))
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    outer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    train: LoopConfig = field(default_factory=LoopConfig)
+    sft: LoopConfig = field(default_factory=LoopConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+
+SECTIONS = {
+    "data": "preference pairs",
+    "sft_data": "SFT rows: for the stage sft, or the inner level (objective.inner_data: sft)",
+    "loss": "the preference loss: name and its hyper-parameters",
+    "solver": "the bilevel solver: name and its hyper-parameters",
+    "outer": "optimizer of the preference update",
+    "inner": "optimizer of SFT updates",
+    "train": "loop of the preference stage",
+    "sft": "loop of the SFT stage",
+}
+
+
+def describe(choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Every key with its default, as text; ``choices`` are the options of the named sections."""
+    lines = []
+
+    def line(key, default, text):
+        shown = "" if default is None else f" [{default}]"
+        lines.append(f"  --{key:<34}{text}{shown}")
+
+    for item in fields(Config):
+        default = getattr(Config(), item.name)
+        if not hasattr(default, "__dataclass_fields__"):
+            line(item.name, default, item.metadata["help"])
+    for item in fields(Config):
+        section = getattr(Config(), item.name)
+        if not hasattr(section, "__dataclass_fields__"):
+            continue
+        title = SECTIONS.get(item.name) or (type(section).__doc__ or "").strip().splitlines()[0]
+        lines.append(f"\n{item.name}: {title}")
+        if isinstance(section, Named):
+            line(f"{item.name}.name", section.name, " | ".join(choices[item.name]))
+            for name, options in choices[item.name].items():
+                shown = ", ".join(k if v is None else f"{k} [{v}]" for k, v in options.items())
+                lines.append(f"      {name}: {shown or 'no options'}")
+            continue
+        for entry in fields(section):
+            line(
+                f"{item.name}.{entry.name.replace('_', '-')}",
+                getattr(section, entry.name),
+                entry.metadata["help"],
+            )
+    return "\n".join(lines)

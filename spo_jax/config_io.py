@@ -1,0 +1,178 @@
+"""YAML and command-line overrides -> a checked ``Config``, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from spo_jax.config import Config, Named
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the mend."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-7 as a string; this loader reads it as the number it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """One command-line value, read as YAML (``5e-7``, ``true``, ``[64, 128]``, ``{name: dpo}``)."""
+    return yaml.load(text, _Loader)
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)``, or nothing when no word is near."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a YAML file and lay ``overrides`` (``{"outer.learning_rate": 5e-7}``) over it.
+
+    Checks keys and types; ``validation.validate`` checks what they mean together.
+
+    Raises:
+        ConfigError: a missing file, an unknown key or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"no configuration at {path}{nearest(path.name, siblings)}")
+    try:
+        tree = yaml.load(path.read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of keys, got a {type(tree).__name__}")
+    return override(tree, overrides or {})
+
+
+def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``tree`` with dotted keys set; hyphens in keys are underscores."""
+    tree = _copy(tree)
+    for key, value in overrides.items():
+        _set(tree, [part.replace("-", "_") for part in key.split(".")], value)
+    return tree
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> Config:
+    """Plain YAML values -> ``Config``; unknown keys and wrong types are errors."""
+    return _build(Config, tree, "")
+
+
+def _copy(tree: Any) -> Any:
+    return {k: _copy(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for depth, part in enumerate(path[:-1]):
+        node = tree.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{'.'.join(path[: depth + 1])} is a value, it has no keys inside")
+        tree = node
+    tree[path[-1]] = value
+
+
+def _build(kind: type, tree: Any, prefix: str) -> Any:
+    name = prefix.rstrip(".") or "configuration"
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{name} is a section: expected keys under it, got {tree!r}")
+    if kind is Named:
+        if "name" not in tree:
+            # `--loss.beta 0.2` alone adjusts the default choice.
+            base = getattr(Config(), name)
+            return Named(base.name, {**base.options, **tree})
+        return Named(str(tree["name"]), {k: v for k, v in tree.items() if k != "name"})
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    values = {}
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(
+                f"unknown key {prefix}{key}{nearest(str(key), names)}; "
+                f"{name} takes {', '.join(names)}"
+            )
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = _build(hint, value, f"{prefix}{key}.")
+        else:
+            values[key] = _coerce(value, hint, f"{prefix}{key}")
+    default = getattr(Config(), prefix[:-1]) if prefix and prefix.count(".") == 1 else None
+    return dataclasses.replace(default, **values) if default is not None else kind(**values)
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as the annotated type, or a ConfigError that says what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _coerce(value, option, key)
+            except ConfigError:
+                continue
+        shown = [c for a in args for c in (typing.get_args(a) or (a.__name__,))]
+        near = nearest(str(value), [c for c in shown if isinstance(c, str)])
+        wanted = " | ".join(str(c).replace("NoneType", "null") for c in shown)
+        raise ConfigError(f"{key}={value!r}: expected {wanted}{near}")
+    if origin is Literal:
+        if value in args:
+            return value
+        near = nearest(str(value), [str(a) for a in args])
+        raise ConfigError(f"{key}={value!r}: expected {' | '.join(map(str, args))}{near}")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(item, args[0], key) for item in items)
+    if origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise ConfigError(f"{key}={value!r}: expected a mapping of keys to values")
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    expected = {"NoneType": "null"}.get(hint.__name__, hint.__name__)
+    raise ConfigError(f"{key}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain YAML values."""
+
+    def plain(value):
+        if isinstance(value, Named):
+            return {"name": value.name, **value.options}
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return list(value)
+        return value
+
+    return plain(config)
+
+
+def save_config(
+    config: Config, path: Path, *, without: Collection[str] = (), header: str = ""
+) -> None:
+    """Write the resolved configuration, less the sections ``without``."""
+    tree = {k: v for k, v in config_to_dict(config).items() if k not in without}
+    text = "".join(f"# {line}\n" for line in header.splitlines())
+    path.write_text(text + yaml.safe_dump(tree, sort_keys=False))

@@ -1,0 +1,183 @@
+"""Padded lengths, and the plan of an epoch: which rows meet in which batch, at which shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from spo_jax.data.pairs import FILLER
+from spo_jax.data.tokenize import TokenizedRows
+
+_FINE, _COARSE, _FINE_UP_TO = 8, 64, 256
+
+
+@dataclass(frozen=True)
+class LengthBuckets:
+    """The padded prompt lengths and completion lengths, ascending; a batch's shape is one of each.
+
+    Each shape in use is compiled once, so a handful of lengths is right.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, lengths in (("prompt", self.prompt), ("completion", self.completion)):
+            if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+                raise ValueError(
+                    f"{name}_buckets={list(lengths)}: expected positive lengths in ascending order"
+                )
+
+
+class PlannedBatch(NamedTuple):
+    """One global batch: its shape and its rows, ``FILLER`` where there is none."""
+
+    prompt_length: int
+    completion_length: int
+    indices: Int[np.ndarray, "B"]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What an epoch looks like: its batches, the rows it leaves out, and the share of padding."""
+
+    rows: int
+    batches: int
+    dropped_rows: int
+    padding_share: float
+    batches_per_shape: dict[tuple[int, int], int]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{p}+{c}: {k}" for (p, c), k in self.batches_per_shape.items())
+        return (
+            f"{self.batches} batches from {self.rows} rows ({self.dropped_rows} left out of each "
+            f"epoch), {self.padding_share:.0%} padding; batches by prompt+completion length: "
+            f"{shapes}"
+        )
+
+
+def choose_buckets(
+    rows: TokenizedRows,
+    *,
+    prompt: Sequence[int] | None = None,
+    completion: Sequence[int] | None = None,
+    most: int = 3,
+) -> LengthBuckets:
+    """Buckets as given, and where not given at most ``most`` lengths that pad the data least.
+
+    Chosen lengths are multiples of 8, above 256 of 64. Of ascending lengths that end at the
+    longest row's, those are taken that minimise the sum of padded lengths (dynamic programming
+    over the distinct rounded lengths).
+    """
+    longest = rows.completion_lengths.max(axis=1)
+    return LengthBuckets(
+        tuple(prompt) if prompt else _best_lengths(rows.prompt_lengths, most),
+        tuple(completion) if completion else _best_lengths(longest, most),
+    )
+
+
+def _best_lengths(lengths: np.ndarray, most: int) -> tuple[int, ...]:
+    step = np.where(lengths > _FINE_UP_TO, _COARSE, _FINE)
+    sizes, counts = np.unique(np.maximum(-(-lengths // step), 1) * step, return_counts=True)
+    total = np.cumsum(counts)
+    # cost[j]: least padded sum of all rows up to sizes[j] with the buckets so far, the last at j.
+    cost, chosen = sizes * total, [(int(size),) for size in sizes]
+    for _ in range(min(most, len(sizes)) - 1):
+        split = cost[None, :] + sizes[:, None] * (total[:, None] - total[None, :])
+        split = np.where(np.tri(len(sizes), k=-1, dtype=bool), split, np.iinfo(np.int64).max)
+        before = split.argmin(axis=1)
+        better = split.min(axis=1) < cost
+        chosen = [
+            (*chosen[before[j]], int(sizes[j])) if better[j] else chosen[j]
+            for j in range(len(sizes))
+        ]
+        cost = np.minimum(cost, split.min(axis=1))
+    return chosen[-1]
+
+
+def assign_shapes(
+    rows: TokenizedRows, buckets: LengthBuckets
+) -> tuple[list[tuple[int, int]], Int[np.ndarray, "N"]]:
+    """All shapes, cheapest first, and for each row the index of the smallest that holds it.
+
+    Raises ``ValueError`` for a row that no bucket holds.
+    """
+    n = rows.num_completions
+    shapes = [(p, c) for p in buckets.prompt for c in buckets.completion]
+    shapes.sort(key=lambda shape: (shape[0] + n * shape[1], shape))
+    p = _smallest(rows.prompt_lengths, buckets.prompt, "prompt")
+    c = _smallest(rows.completion_lengths.max(axis=1), buckets.completion, "completion")
+    number = np.zeros((len(buckets.prompt), len(buckets.completion)), np.int64)
+    for i, (prompt, completion) in enumerate(shapes):
+        number[buckets.prompt.index(prompt), buckets.completion.index(completion)] = i
+    return shapes, number[p, c]
+
+
+def _smallest(lengths: np.ndarray, sizes: tuple[int, ...], what: str) -> np.ndarray:
+    at = np.searchsorted(sizes, lengths)
+    if at.max(initial=0) >= len(sizes):
+        row = int(lengths.argmax())
+        raise ValueError(
+            f"row {row}: a {what} of {lengths[row]} tokens is longer than the largest of "
+            f"{what}_buckets={list(sizes)}: add a bucket, or set max_{what}_length: {sizes[-1]}"
+        )
+    return at
+
+
+def plan_batches(
+    order: Int[np.ndarray, "K"],
+    shape_of_row: Int[np.ndarray, "N"],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+) -> list[PlannedBatch]:
+    """Deal the rows of ``order`` to shapes and cut each shape's rows into batches, cheapest first.
+
+    What is left over of a shape moves to the next cheapest that holds it; what is left over at
+    the end becomes a batch completed by fillers. There are ``ceil(K / batch_size)`` batches.
+    """
+    batches: list[PlannedBatch] = []
+    waiting = [order[shape_of_row[order] == i] for i in range(len(shapes))]
+    for i, (p, c) in enumerate(shapes):
+        full = len(waiting[i]) // batch_size * batch_size
+        parts, left = waiting[i][:full].reshape(-1, batch_size), waiting[i][full:]
+        batches += [PlannedBatch(p, c, part) for part in parts]
+        larger = (j for j in range(i + 1, len(shapes)) if shapes[j][0] >= p and shapes[j][1] >= c)
+        target = next(larger, None)
+        if target is not None:
+            # In front: behind, short rows would pile up in the most expensive shapes.
+            waiting[target] = np.concatenate([left, waiting[target]])
+        elif left.size:
+            batches.append(_filled(left, shape_of_row, shapes, batch_size))
+    return batches
+
+
+def _filled(
+    left: np.ndarray, shape_of_row: np.ndarray, shapes: Sequence[tuple[int, int]], batch_size: int
+) -> PlannedBatch:
+    own = [shapes[i] for i in shape_of_row[left]]
+    p, c = max(s[0] for s in own), max(s[1] for s in own)
+    fillers = np.full(batch_size - len(left), FILLER, left.dtype)
+    return PlannedBatch(p, c, np.concatenate([left, fillers]))
+
+
+def describe_plan(rows: TokenizedRows, batches: Sequence[PlannedBatch]) -> PlanReport:
+    """Count batches, rows left out, and padding among the tokens laid out."""
+    n = rows.num_completions
+    used = np.concatenate([batch.indices for batch in batches])
+    used = used[used != FILLER]
+    laid_out = sum(len(b.indices) * (b.prompt_length + n * b.completion_length) for b in batches)
+    real = rows.prompt_lengths[used].sum() + rows.completion_lengths[used].sum()
+    shapes = Counter((b.prompt_length, b.completion_length) for b in batches)
+    return PlanReport(
+        rows=len(rows),
+        batches=len(batches),
+        dropped_rows=len(rows) - len(used),
+        padding_share=1 - float(real) / laid_out,
+        batches_per_shape=dict(sorted(shapes.items())),
+    )

@@ -1,0 +1,211 @@
+"""Files, folders and hub names to a stream of raw records."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
+DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+class Record(NamedTuple):
+    """One raw row and where it stands; ``fields`` is ``None`` for a row that cannot be read.
+
+    ``row`` counts from 1: the line of a JSON Lines file, the element of an array or table.
+    """
+
+    file: str
+    row: int
+    fields: Mapping[str, Any] | None
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Records:
+    """A data set as a re-iterable stream of ``Record``; nothing is held in memory."""
+
+    name: str
+    sources: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[Record]:
+        for source in self.sources:
+            if not isinstance(source, Path):
+                yield from _table_records(self.name, source)
+            elif source.suffix == ".parquet":
+                yield from _table_records(str(source), _read_parquet(source))
+            else:
+                yield from _json_records(source)
+
+
+def load_records(
+    path_or_name: str | Path, *, split: str = "train", subset: str | None = None
+) -> Records:
+    """Open a local JSON, JSON Lines (also ``.gz``) or Parquet file, a folder, or a hub data set.
+
+    A folder gives its data files in sorted order; when their names speak of splits, those of
+    ``split``. ``subset`` is a hub data set's configuration name. JSON is read here, line by
+    line; Parquet, ``save_to_disk`` folders and hub names go through ``datasets``.
+
+    Raises ``FileNotFoundError`` for a missing path (with the nearest name) or split, and
+    ``ConnectionError`` or ``ValueError`` for a hub name that cannot be loaded.
+    """
+    text, path = str(path_or_name), Path(path_or_name).expanduser()
+    if path.is_file():
+        if not text.endswith(DATA_SUFFIXES):
+            raise ValueError(f"{path}: unknown kind of file; expected {', '.join(DATA_SUFFIXES)}")
+        return Records(str(path), (path,))
+    if path.is_dir():
+        return Records(str(path), _folder_sources(path, split))
+    if _looks_local(text, path):
+        raise FileNotFoundError(_missing_message(path))
+    return Records(text, (_load_hub(text, split, subset),))
+
+
+def _looks_local(text: str, path: Path) -> bool:
+    beside_something = path.parent != Path(".") and path.parent.exists()
+    known_file = text.endswith(DATA_SUFFIXES) or text.startswith((".", "~"))
+    return known_file or beside_something or not _HUB_NAME.fullmatch(text)
+
+
+def _missing_message(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"no such file or folder: {path} (its folder {path.parent} does not exist either)"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"no such file or folder: {path}{hint}"
+
+
+def _folder_sources(folder: Path, split: str) -> tuple[Any, ...]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
+        saved = load_from_disk(str(folder))
+        if not isinstance(saved, DatasetDict):
+            return (saved,)
+        if split not in saved:
+            raise FileNotFoundError(f"{folder} has no split {split!r}; it has {sorted(saved)}")
+        return (saved[split],)
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.name.endswith(DATA_SUFFIXES) and not _hidden(p, folder)
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no data file ({', '.join(DATA_SUFFIXES)})")
+    chosen = [p for p in files if _names_split(p.relative_to(folder), split)]
+    if chosen:
+        return tuple(chosen)
+    if any(_names_split(p.relative_to(folder), word) for p in files for word in _SPLIT_WORDS):
+        names = ", ".join(str(p.relative_to(folder)) for p in files[:8])
+        raise FileNotFoundError(f"{folder} has no file for split {split!r}; it has {names}")
+    return tuple(files)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _names_split(path: Path, split: str) -> bool:
+    return re.search(rf"(^|[-._/]){re.escape(split)}($|[-._/])", path.as_posix()) is not None
+
+
+def _load_hub(name: str, split: str, subset: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name!r} is no local file or folder, and the hub cannot be reached ({error}): "
+            "give the path of a local copy, or go online"
+        ) from error
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is no local file or folder, and as a hub data set (split {split!r}, "
+            f"subset {subset!r}) it cannot be loaded: {error}"
+        ) from error
+
+
+def _read_parquet(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _table_records(name: str, table: Any) -> Iterator[Record]:
+    for row, fields in enumerate(table, start=1):
+        yield Record(name, row, fields)
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    # Not through `datasets`: its JSON reader gives up on the whole file at the first broken
+    # line, names no line, and casts every column to one inferred Arrow type, so that a row with
+    # a number or a missing field would arrive altered (or sink its neighbours) instead of being
+    # reported by row.
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            if _is_array(stream):
+                yield from _array_records(path, stream)
+            else:
+                yield from _line_records(path, stream)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file: {error}") from error
+
+
+def _is_array(stream: io.BufferedIOBase) -> bool:
+    head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    return head.startswith(b"[")
+
+
+def _array_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
+    try:
+        values = json.loads(stream.read().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON array: {error}") from error
+    for row, value in enumerate(values, start=1):
+        yield _json_record(path, row, value)
+
+
+def _line_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
+    # Bytes are split at \n alone: text splitting would also break at U+2028 inside a string.
+    for row, line in enumerate(stream, start=1):
+        if row == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield Record(str(path), row, None, "not UTF-8", f"byte {error.start} of the line")
+        except ValueError as error:
+            yield Record(str(path), row, None, "broken JSON", str(error))
+        except RecursionError:
+            yield Record(str(path), row, None, "broken JSON", "nested too deeply")
+        else:
+            yield _json_record(path, row, value)
+
+
+def _json_record(path: Path, row: int, value: Any) -> Record:
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        return Record(str(path), row, None, "not an object", f"the row is a {found}")
+    return Record(str(path), row, value)

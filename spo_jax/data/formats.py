@@ -1,0 +1,200 @@
+"""Raw records to rows of text, bad ones reported by file, row and reason."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spo_jax.data.chat import BadRow, ChatFormat
+from spo_jax.data.files import Record
+from spo_jax.data.layouts import LAYOUTS, Parse, TextRow, not_blank
+from spo_jax.types import SFTRow
+
+_EXAMPLES = 5
+_LOOK_AHEAD = 1000
+
+
+class RowError(ValueError):
+    """A row that cannot be used: which file, which row (from 1) and why."""
+
+    def __init__(self, file: str, row: int, reason: str, message: str):
+        super().__init__(message)
+        self.file, self.row, self.reason = file, row, reason
+
+
+@dataclass(frozen=True)
+class FormatReport:
+    """What became of the raw rows."""
+
+    layout: str
+    read: int
+    kept: int
+    bad: Mapping[str, int] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.kept} of {self.read} rows kept (layout {self.layout})"
+        if not self.bad:
+            return text
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in self.bad.items())
+        return f"{text}; skipped: {reasons}; for example {'; '.join(self.examples)}"
+
+
+@dataclass(frozen=True)
+class TextRows(Sequence):
+    """Rows as text; ``source_rows[i]`` is row ``i``'s place (from 0) among the records read."""
+
+    rows: tuple[TextRow, ...]
+    source_rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def take(self, indices: Iterable[int]) -> TextRows:
+        """These rows, in this order."""
+        at = [int(i) for i in indices]
+        return TextRows(tuple(self.rows[i] for i in at), tuple(self.source_rows[i] for i in at))
+
+
+def format_rows(
+    records: Iterable[Record],
+    chat: ChatFormat,
+    *,
+    kind: Literal["preference", "sft"],
+    on_bad_row: Literal["error", "skip"] = "error",
+    max_rows: int | None = None,
+) -> tuple[TextRows, FormatReport]:
+    """Turn raw records into text rows.
+
+    The layout is found once from the columns of the first rows; ``LAYOUTS`` lists those known.
+    A row is bad when a field is missing or of the wrong type, a role is unknown, a completion
+    is blank, chosen equals rejected, or the line cannot be read. ``max_rows`` stops after so
+    many good rows.
+
+    Raises ``RowError`` at the first bad row (``on_bad_row="error"``) and ``ValueError`` for an
+    unknown layout or a data set with no good row.
+    """
+    stream = iter(records)
+    first = list(itertools.islice(stream, 16))
+    layout = find_layout([r.fields for r in first if r.fields is not None], kind, first)
+    parse = LAYOUTS[kind][layout][1]
+    stream = itertools.chain(first, stream)
+
+    rows: list[TextRow] = []
+    source_rows: list[int] = []
+    bad: Counter[str] = Counter()
+    examples: list[str] = []
+    read = 0
+    for read, record in enumerate(stream, start=1):
+        row = _parse_record(record, parse, chat)
+        if not isinstance(row, BadRow):
+            rows.append(row)
+            source_rows.append(read - 1)
+        elif on_bad_row == "error":
+            raise _row_error(record, row, stream, parse, chat)
+        else:
+            bad[row.reason] += 1
+            if len(examples) < _EXAMPLES:
+                examples.append(f"{record.file}:{record.row}: {row}")
+        if max_rows is not None and len(rows) >= max_rows:
+            break
+    report = FormatReport(layout, read, len(rows), dict(bad.most_common()), tuple(examples))
+    if not rows:
+        raise ValueError(f"no row can be used: {report}")
+    return TextRows(tuple(rows), tuple(source_rows)), report
+
+
+def split_by_prompt(rows: TextRows, *, fraction: float, seed: int) -> tuple[TextRows, TextRows]:
+    """Split into (training, held-out) rows so that no prompt lies on both sides.
+
+    Prompts, in the order of a hash with ``seed``, are held out whole as long as they fit into
+    ``fraction`` of the rows. Rows without a prompt count as prompts of their own text.
+
+    Raises ``ValueError`` for a fraction outside (0, 1) or fewer than two prompts.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction}: expected a number between 0 and 1")
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.prompt or repr(tuple(row)), []).append(i)
+    if len(groups) < 2:
+        raise ValueError(f"{len(rows)} rows with one prompt cannot be split by prompt")
+
+    def place(prompt: str) -> bytes:
+        return hashlib.sha256(f"{seed}\x1f{prompt}".encode("utf-8", "surrogatepass")).digest()
+
+    ordered = sorted(groups, key=place)
+    room = max(1, round(fraction * len(rows)))
+    held_out: list[int] = []
+    for prompt in ordered:
+        if len(held_out) + len(groups[prompt]) <= room:
+            held_out += groups[prompt]
+    # No prompt is rare enough: the rarest overshoots least.
+    held_out = held_out or groups[min(ordered, key=lambda p: len(groups[p]))]
+    out = set(held_out)
+    training = (i for i in range(len(rows)) if i not in out)
+    return rows.take(training), rows.take(sorted(out))
+
+
+def find_layout(
+    fields: Sequence[Mapping[str, Any]],
+    kind: Literal["preference", "sft"],
+    first: Sequence[Record] = (),
+) -> str:
+    """The name of the first layout of ``LAYOUTS[kind]`` whose columns are all in the rows."""
+    columns = {name for row in fields for name in row}
+    for name, (needed, _) in LAYOUTS[kind].items():
+        if columns >= set(needed):
+            return name
+    file = first[0].file if first else "the data set"
+    if not columns:
+        why = f" ({first[0].reason}: {first[0].detail})" if first else ""
+        raise ValueError(f"{file}: no readable row{why}")
+    accepted = "; ".join(" + ".join(needed) for needed, _ in LAYOUTS[kind].values())
+    raise ValueError(
+        f"{file}: columns {', '.join(sorted(columns))} are no known layout of {kind} rows; "
+        f"accepted: {accepted}. Rename the columns"
+    )
+
+
+def _parse_record(record: Record, parse: Parse, chat: ChatFormat) -> TextRow | BadRow:
+    if record.fields is None:
+        return BadRow(record.reason, record.detail)
+    try:
+        row = parse(record.fields, chat)
+        _check_texts(row)
+        return row
+    except BadRow as problem:
+        return problem
+
+
+def _check_texts(row: TextRow) -> None:
+    if isinstance(row, SFTRow):
+        if not any(scored and text.strip() for text, scored in row.pieces):
+            raise BadRow("empty completion")
+        return
+    not_blank(row.chosen, "chosen")
+    not_blank(row.rejected, "rejected")
+    if row.chosen.strip() == row.rejected.strip():
+        raise BadRow("chosen equals rejected")
+
+
+def _row_error(
+    record: Record, problem: BadRow, rest: Iterable[Record], parse: Parse, chat: ChatFormat
+) -> RowError:
+    ahead = list(itertools.islice(rest, _LOOK_AHEAD))
+    more = sum(isinstance(_parse_record(r, parse, chat), BadRow) for r in ahead)
+    mend = problem.mend or "mend the row"
+    message = (
+        f"{record.file}:{record.row}: {problem} ({more} of the next {len(ahead)} rows are bad "
+        f"too): {mend}, or leave such rows out and have them counted: "
+        "set data.on_bad_row: skip"
+    )
+    return RowError(record.file, record.row, problem.reason, message)

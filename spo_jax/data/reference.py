@@ -1,0 +1,116 @@
+"""Frozen log-probs of a data set, computed once and kept on disk under a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/spo_jax``, or ``~/.cache/spo_jax``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "spo_jax"
+
+
+@jax.jit
+def _checksums(params: Any) -> Any:
+    def checksum(x):
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        flat = bits.ravel()
+        place = jnp.arange(flat.size, dtype=jnp.uint32)
+        # Two position-dependent sums modulo 2^32: exact and in any order, so that every
+        # mesh gives the same.
+        mixed = (flat ^ (flat >> 15)) * jnp.uint32(2654435761)
+        return jnp.stack(
+            [
+                jnp.sum(flat * (2 * place + 1), dtype=jnp.uint32),
+                jnp.sum(mixed * (place * jnp.uint32(0x9E3779B1) | 1), dtype=jnp.uint32),
+            ]
+        )
+
+    return jax.tree.map(checksum, params)
+
+
+def params_fingerprint(params: Any) -> str:
+    """A hash of every bit of the parameters and their paths, computed where they lie.
+
+    The same on any mesh; a change of one weight changes it.
+    """
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(_checksums(params)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(jax.device_get(value)).tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: str) -> str:
+    """One hash of the fingerprints of data (ids after template and cuts), model and settings."""
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
+
+
+def precompute(
+    logprobs: Callable[[Any], Float[Any, "B n"]],
+    batches: Iterable[Any],
+    *,
+    num_rows: int,
+    num_completions: int,
+    num_batches: int | None = None,
+    active: bool = True,
+) -> Float[np.ndarray, "N n"]:
+    """Summed log-probs of every row's completions, float32, in nats.
+
+    ``logprobs`` maps a batch to global ``(row_ids [B], values [B, n])``; filler rows
+    (id -1) are dropped. Shows its progress.
+    """
+    found = np.full((num_rows, num_completions), np.nan, np.float32)
+    shown = tqdm(
+        batches,
+        total=num_batches,
+        desc="reference log-probs",
+        disable=not (active and sys.stderr.isatty()),
+    )
+    for batch in shown:
+        ids, values = (np.asarray(x) for x in logprobs(batch))
+        real = ids >= 0
+        found[ids[real]] = values[real]
+    missing = int(np.isnan(found).any(axis=1).sum())
+    if missing:
+        raise ValueError(f"{missing} of {num_rows} rows have no finite reference log-prob")
+    return found
+
+
+def load_or_precompute(
+    cache_dir: Path, key: str, compute: Callable[[], Float[np.ndarray, "N n"]], *, write: bool
+) -> tuple[Float[np.ndarray, "N n"], bool]:
+    """The cached log-probs under ``key``, or computed and kept; and whether they were cached.
+
+    A cache that cannot be written costs the next start its time, not this run.
+    """
+    path = cache_dir / "reference_logprobs" / f"{key}.npy"
+    if path.exists():
+        try:
+            return np.load(path, allow_pickle=False), True
+        except (OSError, ValueError):
+            print(f"{path} is damaged and is computed anew", file=sys.stderr)
+    values = compute()
+    if write:
+        temporary = path.with_name(f".{key}.{os.getpid()}.npy")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(temporary, values)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            print(f"reference log-probs are not kept in {path}: {error}", file=sys.stderr)
+    return values, False

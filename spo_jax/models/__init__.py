@@ -1,0 +1,30 @@
+"""Decoder language models: the Flax decoder, Hugging Face families, weights in and out."""
+
+from __future__ import annotations
+
+from spo_jax.models.attention import Layout
+from spo_jax.models.config import DecoderConfig, Execution, RopeScaling
+from spo_jax.models.decoder import Cache, Model
+from spo_jax.models.export import save_pretrained
+from spo_jax.models.families import FAMILIES, decoder_config_from_hf, decoder_config_to_hf
+from spo_jax.models.folders import load_hf_config, resolve_model_folder
+from spo_jax.models.weights import WeightsError, init_model, load_model, load_params
+
+__all__ = [
+    "FAMILIES",
+    "Cache",
+    "DecoderConfig",
+    "Execution",
+    "Layout",
+    "Model",
+    "RopeScaling",
+    "WeightsError",
+    "decoder_config_from_hf",
+    "decoder_config_to_hf",
+    "init_model",
+    "load_hf_config",
+    "load_model",
+    "load_params",
+    "resolve_model_folder",
+    "save_pretrained",
+]

@@ -1,0 +1,189 @@
+"""Attention over the pair layout: the branch view, the kernels, and a layer's contexts.
+
+A decoder layer hands its queries, keys and values to a *context*, a small pytree that
+knows what they may look at: both branches of a preference row (``BranchAttention``), a
+prompt whose keys and values are kept (``PrefillAttention``), or a cache
+(``CachedAttention``). The layer itself never learns which of the three it runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Window: TypeAlias = Int[Array, ""] | int | None
+"""How many tokens a query sees, itself included; ``None`` for all earlier ones."""
+
+NO_WINDOW = 2**30
+"""A window no sequence reaches: full attention where windows are an array over layers."""
+
+
+class Layout(NamedTuple):
+    """Static lengths of ``[prompt | completion 0 | completion 1 | ...]`` on one token axis."""
+
+    prompt: int
+    branches: int
+    completion: int
+
+
+def split_branches(
+    packed: Shaped[Array, "B packed ..."], layout: Layout
+) -> Shaped[Array, "Bn T ..."]:
+    """View ``[B, P + n*C, ...]`` as ``[B*n, P+C, ...]``, the prompt repeated for each branch.
+
+    Merged batch-major, so that a batch sharded over devices stays where it is.
+    """
+    P, n, C = layout
+    if n == 1:
+        return packed
+    B, rest = packed.shape[0], packed.shape[2:]
+    prompt = jnp.broadcast_to(packed[:, None, :P], (B, n, P, *rest))
+    completions = packed[:, P:].reshape(B, n, C, *rest)
+    return jnp.concatenate([prompt, completions], axis=2).reshape(B * n, P + C, *rest)
+
+
+def merge_branches(
+    branches: Shaped[Array, "Bn T ..."], layout: Layout
+) -> Shaped[Array, "B packed ..."]:
+    """Undo ``split_branches``; the prompt, equal in all branches, is taken from branch 0."""
+    P, n, C = layout
+    if n == 1:
+        return branches
+    rest = branches.shape[2:]
+    view = branches.reshape(-1, n, P + C, *rest)
+    completions = view[:, :, P:].reshape(-1, n * C, *rest)
+    return jnp.concatenate([view[:, 0, :P], completions], axis=1)
+
+
+Kernel: TypeAlias = Callable[[Any, Any, Any, Any, Window], Any]
+"""``(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d], segment_ids [B,T], window) -> [B,T,H,d]``, causal."""
+
+
+def xla_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T K d"],
+    v: Float[Array, "B T K d"],
+    segment_ids: Int[Array, "B T"],
+    window: Window,
+) -> Float[Array, "B T H d"]:
+    """Causal attention within segments, written in XLA operations; runs everywhere."""
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if window is not None:
+        mask &= _within(q.shape[1], window)
+    dtype = q.dtype
+    if dtype == jnp.float16:
+        # XLA's 16-bit kernel asks for a dot product that CPU and TPU do not have.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], is_causal=True, implementation="xla"
+    ).astype(dtype)
+
+
+def cudnn_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T K d"],
+    v: Float[Array, "B T K d"],
+    segment_ids: Int[Array, "B T"],
+    window: Window,
+) -> Float[Array, "B T H d"]:
+    """Causal attention within segments by cuDNN's flash kernel; 16-bit inputs on NVIDIA GPUs."""
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    local = None
+    if isinstance(window, int):
+        local = (window - 1, 0)  # left, right: cuDNN skips what lies outside a static window
+    elif window is not None:
+        mask &= _within(q.shape[1], window)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask[:, None],
+        is_causal=True,
+        local_window_size=local,
+        implementation="cudnn",
+    )
+
+
+KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
+
+
+def choose_kernel(name: str, dtype: Any, head_dim: int, length: int) -> Kernel:
+    """Return the kernel called ``name``; ``auto`` is cuDNN where it serves, XLA elsewhere."""
+    if name != "auto":
+        return KERNELS[name]
+    # cuDNN wants a head that is a multiple of 8 and, with a mask in training, an even length.
+    serves = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and length % 2 == 0
+    return cudnn_attention if serves and jax.default_backend() == "gpu" else xla_attention
+
+
+def _within(length: int, window: Window) -> Bool[Array, "1 T T"]:
+    index = jnp.arange(length)
+    return (index[:, None] - index[None, :] < window)[None]
+
+
+class BranchAttention(flax.struct.PyTreeNode):
+    """Each branch attends to its prompt and to itself, never to another branch.
+
+    ``segment_ids`` of the ``[B*n, P+C]`` view: 1 for tokens, 0 for prompt padding, which
+    attends to itself only, so that no softmax row is empty.
+    """
+
+    segment_ids: Int[Array, "Bn T"]
+    layout: Layout = flax.struct.field(pytree_node=False)
+    kernel: str = flax.struct.field(pytree_node=False)
+
+    def attend(self, q: Any, k: Any, v: Any, window: Window, cached: None) -> tuple[Any, None]:
+        """Return the packed ``[B, P + n*C, H, d]`` outputs, and nothing to keep."""
+        q, k, v = (split_branches(x, self.layout) for x in (q, k, v))
+        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+        return merge_branches(kernel(q, k, v, self.segment_ids, window), self.layout), None
+
+
+class PrefillAttention(flax.struct.PyTreeNode):
+    """As ``BranchAttention`` for a prompt alone, handing back the keys and values to cache."""
+
+    segment_ids: Int[Array, "B P"]
+    kernel: str = flax.struct.field(pytree_node=False)
+
+    def attend(
+        self, q: Any, k: Any, v: Any, window: Window, cached: None
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Return the outputs ``[B, P, H, d]`` and the prompt's keys and values."""
+        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+        return kernel(q, k, v, self.segment_ids, window), (k, v)
+
+
+class CachedAttention(flax.struct.PyTreeNode):
+    """One new token a row attends to the cached slots marked ``valid`` and to itself."""
+
+    valid: Bool[Array, "B S"]
+    slot: Int[Array, ""]
+
+    def attend(
+        self, q: Any, k: Any, v: Any, window: Window, cached: tuple[Any, Any]
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Return the outputs ``[B, 1, H, d]`` and this token's keys and values.
+
+        The token's own key is scored beside the cache instead of being written into it
+        first: the cache then stays read-only inside the scan over layers and is updated
+        once a step, in place.
+        """
+        keys, values = cached
+        B, S, K, d = keys.shape
+        grouped = q.reshape(B, K, -1, d)
+        seen = self.valid
+        if window is not None:
+            seen &= self.slot - jnp.arange(S) < window
+        past = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+        own = jnp.einsum("bkgd,bkd->bkg", grouped, k[:, 0], preferred_element_type=jnp.float32)
+        past = jnp.where(seen[:, None, None], past, -jnp.inf)
+        scores = jnp.concatenate([past, own[..., None]], axis=-1) * d**-0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        out = jnp.einsum("bkgs,bskd->bkgd", weights[..., :S], values)
+        out += weights[..., S:] * v[:, 0, :, None]
+        return out.reshape(q.shape), (k, v)

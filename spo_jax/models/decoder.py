@@ -1,0 +1,293 @@
+"""The Flax decoder, and ``Model``: its pure functions on a plain tree of parameters.
+
+One trunk serves training and generation. Norms, projections and MLPs run on packed
+``[B, T]`` tokens; what a token may look at is the business of the attention context.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from spo_jax.models.attention import (
+    BranchAttention,
+    CachedAttention,
+    Layout,
+    PrefillAttention,
+    split_branches,
+)
+from spo_jax.models.config import REMAT_POLICIES, DecoderConfig, Execution
+from spo_jax.models.rope import rotate, rotation
+from spo_jax.types import Params
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 inside."""
+
+    eps: float
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = self.execution.param_dtype
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), dtype)
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32)).astype(self.execution.compute_dtype)
+
+
+class _Projecting(nn.Module):
+    """What attention and MLP share: settings, and how they make a projection."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    def project(self, x, features: int, name: str, *, bias: bool):
+        return nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=self.execution.compute_dtype,
+            param_dtype=self.execution.param_dtype,
+            kernel_init=nn.initializers.normal(self.config.initializer_range),
+            name=name,
+        )(x)
+
+
+class Attention(_Projecting):
+    """Grouped-query attention with rotary positions: Ainslie et al., arXiv 2305.13245."""
+
+    @nn.compact
+    def __call__(self, x, rotation, context, window, cached):
+        c = self.config
+        q = self.project(x, c.num_heads * c.head_dim, "q", bias=c.qkv_bias)
+        k = self.project(x, c.num_kv_heads * c.head_dim, "k", bias=c.qkv_bias)
+        v = self.project(x, c.num_kv_heads * c.head_dim, "v", bias=c.qkv_bias)
+        q, k, v = (t.reshape(*x.shape[:2], -1, c.head_dim) for t in (q, k, v))
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, self.execution, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.execution, name="k_norm")(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        out, kept = context.attend(q, k, v, window, cached)
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return self.project(out, c.hidden_size, "o", bias=c.o_bias), kept
+
+
+class MLP(_Projecting):
+    """``down(silu(gate(x)) * up(x))``: Shazeer, arXiv 2002.05202."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate = self.project(x, c.intermediate_size, "gate", bias=c.mlp_bias)
+        up = self.project(x, c.intermediate_size, "up", bias=c.mlp_bias)
+        return self.project(nn.silu(gate) * up, c.hidden_size, "down", bias=c.mlp_bias)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on a normed input and added to the residual stream."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x, window, cached, rotation, context):
+        c, e = self.config, self.execution
+        window = c.shared_window if window is None else window
+        normed = RMSNorm(c.rms_norm_eps, e, name="attention_norm")(x)
+        out, kept = Attention(c, e, name="attention")(normed, rotation, context, window, cached)
+        x += out
+        x += MLP(c, e, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
+        return x, kept
+
+
+class Decoder(nn.Module):
+    """Token embedding, the layers as one scan (parameters stacked ``[L, ...]``), final norm."""
+
+    config: DecoderConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, tokens, positions, context, cached=None):
+        c, e = self.config, self.execution
+        init = nn.initializers.normal(c.initializer_range)
+        embed = self.param("embed", init, (c.vocab_size, c.hidden_size), e.param_dtype)
+        if not c.tie_word_embeddings:
+            self.param("head", init, (c.hidden_size, c.vocab_size), e.param_dtype)
+
+        layer = Layer
+        if e.remat != "none":
+            # Inside a scan nothing can be merged across layers, so the barrier that
+            # prevent_cse puts there would only cost.
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[e.remat], prevent_cse=False)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c, e, name="layers")
+        windows = None if c.layer_windows is None else jnp.asarray(c.layer_windows)
+        x = embed[tokens].astype(e.compute_dtype)
+        x, kept = layers(x, windows, cached, rotation(c, positions), context)
+        return RMSNorm(c.rms_norm_eps, e, name="final_norm")(x), kept
+
+
+def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Count real tokens from 0; padding gets a position too, which nothing ever looks at."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+class Cache(NamedTuple):
+    """Keys and values of ``S`` slots, stacked over layers; generation fills slots left to right.
+
+    ``valid`` marks slots that hold a token, ``positions`` is each row's next position and
+    ``slot`` the next slot to fill.
+    """
+
+    keys: Float[Array, "L B S K d"]
+    values: Float[Array, "L B S K d"]
+    valid: Bool[Array, "B S"]
+    positions: Int[Array, "B"]
+    slot: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder as pure functions of its parameters; hashable, so it can be a static argument.
+
+    The parameters are a plain nested dict; ``init`` makes them at random and
+    ``spo_jax.models.load_params`` reads them from a folder.
+    """
+
+    config: DecoderConfig
+    execution: Execution = field(default_factory=Execution)
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw matrices from ``N(0, initializer_range^2)``; norms are 1, biases 0."""
+        return _init(self, key)
+
+    def abstract_params(self) -> Params:
+        """The parameters' shapes and dtypes, as a tree of ``jax.ShapeDtypeStruct``."""
+        return jax.eval_shape(self.init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+
+    def hidden(
+        self,
+        params: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        completion_tokens: Int[Array, "B n C"],
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B n C D"]]:
+        """Hidden states after the final norm of prompts and their ``n`` completions.
+
+        The pair layout: each prompt is computed once, and every completion continues it
+        as if alone. Prompts are right-aligned, completions left-aligned; completion
+        padding needs no mask, since causality hides it. Logits of the token after a
+        position are ``hidden @ output_head(params)``.
+        """
+        P = prompt_tokens.shape[1]
+        B, n, C = completion_tokens.shape
+        lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+        after = lengths[:, None, None] + jnp.arange(C, dtype=jnp.int32)
+        positions = jnp.concatenate(
+            [
+                positions_from_mask(prompt_mask),
+                jnp.broadcast_to(after, (B, n, C)).reshape(B, n * C),
+            ],
+            axis=1,
+        )
+        tokens = jnp.concatenate([prompt_tokens, completion_tokens.reshape(B, n * C)], axis=1)
+        real = jnp.concatenate([prompt_mask, jnp.ones((B, n * C), bool)], axis=1)
+        layout = Layout(P, n, C)
+        context = BranchAttention(
+            segment_ids=split_branches(real, layout).astype(jnp.int32),
+            layout=layout,
+            kernel=self.execution.attention,
+        )
+        x, _ = self._apply(params, tokens, positions, context)
+        return x[:, :P], x[:, P:].reshape(B, n, C, self.config.hidden_size)
+
+    def hidden_plain(
+        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of ordinary padded sequences: the pair layout without completions."""
+        no_completion = jnp.zeros((tokens.shape[0], 1, 0), tokens.dtype)
+        return self.hidden(params, tokens, mask, no_completion)[0]
+
+    def output_head(self, params: Params) -> Float[Array, "D V"]:
+        """The matrix from hidden states to logits: the embedding transposed where tied."""
+        return params["embed"].T if self.config.tie_word_embeddings else params["head"]
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of ``length`` slots a row: the prompt's and the tokens to come."""
+        c = self.config
+        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+        empty = jnp.zeros(shape, self.execution.compute_dtype)
+        return Cache(
+            keys=empty,
+            values=empty,
+            valid=jnp.zeros((batch, length), bool),
+            positions=jnp.zeros((batch,), jnp.int32),
+            slot=jnp.zeros((), jnp.int32),
+        )
+
+    def prefill(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Int[Array, "B P"],
+        mask: Bool[Array, "B P"],
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Fill an empty cache from right-aligned prompts; returns the last hidden state of each."""
+        P = tokens.shape[1]
+        context = PrefillAttention(
+            segment_ids=mask.astype(jnp.int32), kernel=self.execution.attention
+        )
+        x, (keys, values) = self._apply(params, tokens, positions_from_mask(mask), context)
+        return x[:, -1], Cache(
+            keys=cache.keys.at[:, :, :P].set(keys),
+            values=cache.values.at[:, :, :P].set(values),
+            valid=cache.valid.at[:, :P].set(mask),
+            positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
+            slot=jnp.asarray(P, jnp.int32),
+        )
+
+    def decode_step(
+        self, params: Params, cache: Cache, tokens: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Append one token a row; returns its hidden state and the cache that now holds it."""
+        context = CachedAttention(valid=cache.valid, slot=cache.slot)
+        x, (keys, values) = self._apply(
+            params,
+            tokens[:, None],
+            cache.positions[:, None],
+            context,
+            (cache.keys, cache.values),
+        )
+        put = jax.lax.dynamic_update_slice_in_dim
+        return x[:, 0], Cache(
+            keys=put(cache.keys, keys, cache.slot, axis=2),
+            values=put(cache.values, values, cache.slot, axis=2),
+            valid=put(cache.valid, jnp.ones_like(cache.valid[:, :1]), cache.slot, axis=1),
+            positions=cache.positions + 1,
+            slot=cache.slot + 1,
+        )
+
+    @property
+    def _trunk(self) -> Decoder:
+        return Decoder(self.config, self.execution)
+
+    def _apply(self, params, tokens, positions, context, cached=None):
+        return self._trunk.apply({"params": params}, tokens, positions, context, cached)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: Model, key: PRNGKeyArray) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="xla")
+    return model._trunk.init(key, tokens, tokens, context)["params"]

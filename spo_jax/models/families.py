@@ -1,0 +1,247 @@
+"""Hugging Face model families: their ``config.json`` and tensor names <-> ours.
+
+To add a family, add an entry to ``FAMILIES``: the defaults its configuration class
+fills in for absent keys, and a function from its keys to what sets it apart. A family
+with other tensor names brings its own table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from spo_jax.models.config import DecoderConfig, RopeScaling
+from spo_jax.models.names import LLAMA_NAMES, TensorName
+
+HFConfig: TypeAlias = Mapping[str, Any]
+"""The content of a ``config.json``."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``: ``defaults`` of absent keys and what ``traits`` reads from the rest."""
+
+    architecture: str
+    defaults: HFConfig
+    traits: Callable[[HFConfig], dict[str, Any]]
+    names: Mapping[str, TensorName] = field(default_factory=lambda: LLAMA_NAMES)
+
+
+def _llama_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = bool(hf.get("attention_bias"))
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(hf.get("mlp_bias"))}
+
+
+def _mistral_traits(hf: HFConfig) -> dict[str, Any]:
+    return {"sliding_window": hf["sliding_window"]}
+
+
+def _qwen2_traits(hf: HFConfig) -> dict[str, Any]:
+    return {"qkv_bias": True, **_qwen_windows(hf)}
+
+
+def _qwen3_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = bool(hf.get("attention_bias"))
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, **_qwen_windows(hf)}
+
+
+def _qwen_windows(hf: HFConfig) -> dict[str, Any]:
+    """The first ``max_window_layers`` layers attend fully, unless ``layer_types`` rules."""
+    if not hf["use_sliding_window"] or hf["sliding_window"] is None:
+        if "sliding_attention" in (hf.get("layer_types") or ()):
+            raise ValueError(
+                "config.json: layer_types asks for sliding_attention but use_sliding_window is "
+                "off: set use_sliding_window and sliding_window, or drop layer_types"
+            )
+        return {}
+    layers = hf["num_hidden_layers"]
+    types = hf.get("layer_types") or [
+        "sliding_attention" if i >= hf["max_window_layers"] else "full_attention"
+        for i in range(layers)
+    ]
+    sliding = tuple(kind == "sliding_attention" for kind in types)
+    return (
+        {"sliding_window": hf["sliding_window"], "sliding_layers": sliding} if any(sliding) else {}
+    )
+
+
+_COMMON = {
+    "hidden_act": "silu",
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
+_QWEN = {
+    **_COMMON,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM", {**_COMMON, "max_position_embeddings": 2048}, _llama_traits
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+        _mistral_traits,
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, _qwen2_traits),
+    "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, _qwen3_traits),
+}
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def family_of(hf_config: HFConfig) -> Family:
+    """Look up the family by ``model_type``; an unknown one is an error that names the known."""
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported: "
+            f"use one of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def decoder_config_from_hf(hf_config: HFConfig) -> DecoderConfig:
+    """Translate the content of a ``config.json``; what we do not implement is an error.
+
+    Reads both ``rope_theta``/``rope_scaling`` and the later ``rope_parameters``. Dropout is
+    left aside: it is off in every checkpoint of these families, and off here.
+    """
+    family = family_of(hf_config)
+    missing = [key for key in _REQUIRED if hf_config.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: take the model's own config")
+    _refuse_unimplemented(hf_config)
+    hf = {**family.defaults, **hf_config}
+    rope_theta, rope_scaling = _read_rope(hf)
+    num_heads = hf["num_attention_heads"]
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=hf["num_key_value_heads"] or num_heads,
+        head_dim=hf["head_dim"] or hf["hidden_size"] // num_heads,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rms_norm_eps=float(hf["rms_norm_eps"]),
+        max_position_embeddings=hf["max_position_embeddings"],
+        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
+        initializer_range=float(hf["initializer_range"]),
+        **family.traits(hf),
+    )
+
+
+def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    """Write a ``config.json`` for a decoder that has none, as one of the known families.
+
+    Raises ``ValueError`` when that family cannot express the decoder.
+    """
+    family = family_of({"model_type": model_type})
+    sliding = config.sliding_window is not None
+    types = [
+        "sliding_attention" if on else "full_attention"
+        for on in config.sliding_layers or (sliding,) * config.num_layers
+    ]
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling_to_hf(config.rope_scaling),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    if "sliding_window" in family.defaults:
+        hf["sliding_window"] = config.sliding_window
+    if "layer_types" in family.defaults:
+        hf |= {"use_sliding_window": sliding, "layer_types": types}
+    read_back = decoder_config_from_hf(hf)
+    differing = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
+    if differing:
+        raise ValueError(
+            f"model_type={model_type!r} cannot express {', '.join(differing)}: "
+            f"choose another of {', '.join(FAMILIES)}"
+        )
+    return hf
+
+
+def _refuse_unimplemented(hf: HFConfig) -> None:
+    refused = []
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        refused.append(f"hidden_act={hf['hidden_act']!r} (only 'silu')")
+    if hf.get("quantization_config"):
+        refused.append("quantization_config (export the model in a float dtype first)")
+    refused += [f"{key}={hf[key]!r}" for key in hf if "experts" in key and hf[key]]
+    for where in (hf, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}):
+        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            refused.append(f"partial_rotary_factor={where['partial_rotary_factor']!r} (only 1.0)")
+    types = hf.get("layer_types") or []
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        refused.append(f"layer_types {', '.join(unknown)}")
+    mixed = "sliding_attention" in types or (types and hf.get("sliding_window"))
+    if mixed and "layer_types" not in family_of(hf).defaults:
+        refused.append(f"layer_types in a {hf['model_type']} model")
+    if refused:
+        raise ValueError(f"config.json asks for what is not implemented: {'; '.join(refused)}")
+
+
+def _read_rope(hf: HFConfig) -> tuple[float, RopeScaling | None]:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf["rope_theta"]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
+        return float(theta), RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(original),
+        )
+    raise ValueError(
+        f"config.json: rope type {kind!r} is not implemented: use default, linear or llama3"
+    )
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    return scaling and {name: value for name, value in vars(scaling).items() if value is not None}

@@ -1,0 +1,51 @@
+"""Rotary positions: Su et al., arXiv 2104.09864."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spo_jax.models.config import DecoderConfig
+
+
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Rotary frequencies ``theta^(-2i/head_dim)`` after scaling, ``[head_dim/2]``.
+
+    In float32 throughout, as the models were trained with.
+
+    Llama 3 (its reference code, ``apply_scaling``): wavelengths above
+    ``original / low`` are stretched by ``factor``, those below ``original / high`` kept,
+    the ones between interpolated.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / np.float32(scaling.factor)
+    if scaling.rope_type == "linear":
+        return stretched
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return ((1 - keep) * stretched + keep * frequencies).astype(np.float32)
+
+
+def rotation(
+    config: DecoderConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosines and sines of the rotary angles, float32: Su et al., arXiv 2104.09864."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T H d"],
+    rotation: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
+) -> Float[Array, "B T H d"]:
+    """Turn each pair ``(i, i + d/2)`` of a head by its token's angle."""
+    cos, sin = rotation
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)

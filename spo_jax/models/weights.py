@@ -1,0 +1,109 @@
+"""Parameters from a Hugging Face model folder straight onto the devices."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from spo_jax.models.config import Execution
+from spo_jax.models.decoder import Model
+from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
+from spo_jax.models.folders import load_hf_config
+from spo_jax.models.names import StoredAs, stored_tensors
+from spo_jax.models.tensor_files import StoredTensor, read_index
+from spo_jax.types import Params
+
+
+class WeightsError(ValueError):
+    """The tensors of a folder do not fit the model; the message lists every one of them."""
+
+
+def init_model(hf_config: HFConfig, execution: Execution | None = None) -> Model:
+    """Build the model a ``config.json`` describes; ``model.init(key)`` draws its parameters."""
+    return Model(decoder_config_from_hf(hf_config), execution or Execution())
+
+
+def load_model(folder: str | os.PathLike, execution: Execution | None = None) -> Model:
+    """Build the model that a folder's ``config.json`` describes; reads no weights."""
+    return init_model(load_hf_config(folder), execution)
+
+
+def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) -> Params:
+    """Read the folder's safetensors straight onto the devices, in the model's ``param_dtype``.
+
+    ``shardings`` is a tree of ``jax.sharding.Sharding`` like the parameters (``None``: the
+    default device). The host holds one device's piece of one parameter at a time.
+    Raises ``WeightsError`` with all missing, unused and misshapen tensors together.
+    """
+    folder = Path(folder)
+    names = family_of(load_hf_config(folder)).names
+    stored = read_index(folder)
+    abstract = model.abstract_params()
+    expected = stored_tensors(abstract, names)
+    _check_tensors(folder, stored, expected, model)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+
+    sources: dict[str, list[np.ndarray]] = {}
+    for theirs, piece in expected.items():
+        array = stored[theirs].array()
+        sources.setdefault(piece.path, []).append(array.T if piece.transpose else array)
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
+        ours = jax.tree_util.keystr(path, simple=True, separator="/")
+        arrays, stacked = sources[ours], names[ours].stacked
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return np.array(arrays[0][index], leaf.dtype)
+            return np.stack([np.asarray(a[index[1:]], leaf.dtype) for a in arrays[index[0]]])
+
+        return _place(leaf, sharding, read)
+
+    return jax.tree_util.tree_map_with_path(place, abstract, shardings)
+
+
+def _place(leaf: jax.ShapeDtypeStruct, sharding: Any, read: Callable) -> jax.Array:
+    """Like ``jax.make_array_from_callback``, which would hold all devices' pieces at once."""
+    devices: dict[Any, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        key = tuple(part.indices(size) for part, size in zip(index, leaf.shape, strict=True))
+        devices.setdefault(key, []).append(device)
+    pieces = []
+    for key, same in devices.items():
+        piece = read(tuple(slice(*part) for part in key))
+        pieces += [jax.device_put(piece, device) for device in same]
+        jax.block_until_ready(pieces[-len(same) :])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
+
+
+def _check_tensors(
+    folder: Path,
+    stored: dict[str, StoredTensor],
+    expected: dict[str, StoredAs],
+    model: Model,
+) -> None:
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    ignorable = re.compile(r"rotary_emb\.inv_freq$")
+    missing = [name for name in expected if name not in stored]
+    unused = [n for n in stored if n not in expected and n not in tied and not ignorable.search(n)]
+    misshapen = [n for n in expected if n in stored and stored[n].shape != expected[n].shape]
+    lines = [f"missing {name}: expected {expected[name].shape}" for name in missing]
+    lines += [f"unused {name}: found {stored[name].shape}" for name in unused]
+    lines += [
+        f"misshapen {name}: expected {expected[name].shape}, found {stored[name].shape}"
+        for name in misshapen
+    ]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise WeightsError(
+            f"{folder}: {len(lines)} tensors do not fit its config.json, so check that the two "
+            f"belong together:\n  {listed}"
+        )

@@ -1,0 +1,141 @@
+"""Configuration -> optax chain and schedule."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+NOT_DECAYED = re.compile(r"norm|scale|bias")
+"""Paths of parameters without weight decay: normalization scales and biases."""
+
+
+def make_schedule(
+    *, learning_rate: float, schedule: str, steps: int, warmup_ratio: float, final_ratio: float
+) -> optax.Schedule:
+    """Linear warm-up over ``warmup_ratio * steps`` updates, then cosine, linear or constant.
+
+    The first update already moves: warm-up goes from ``peak / (warm-up + 1)``.
+    """
+    warmup = round(warmup_ratio * steps)
+    rest = max(steps - warmup, 1)
+    end = learning_rate * final_ratio
+    if schedule == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, rest, alpha=final_ratio)
+    elif schedule == "linear":
+        after = optax.linear_schedule(learning_rate, end, rest)
+    elif schedule == "constant":
+        after = optax.constant_schedule(learning_rate)
+    else:
+        raise ValueError(f"schedule={schedule!r}: choose one of cosine, linear, constant")
+    if not warmup:
+        return after
+    start = learning_rate / (warmup + 1)
+    return optax.join_schedules(
+        [optax.linear_schedule(start, learning_rate, warmup), after], [warmup]
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: everything but norms and biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not NOT_DECAYED.search(jax.tree_util.keystr(path)), params
+    )
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which leaves are matrices to orthogonalize: layer kernels, stacked or not.
+
+    Embeddings, the output head, norms and biases go to Adam, as Muon's author advises.
+    Axis 0 of a stacked kernel is the layer: every layer is a matrix of its own.
+    """
+
+    def dimensions(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim != 3 or NOT_DECAYED.search(name):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _adamw(schedule, weight_decay, options):
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask, **options)
+
+
+def _lion(schedule, weight_decay, options):
+    return optax.lion(schedule, weight_decay=weight_decay, mask=decay_mask, **options)
+
+
+def _adafactor(schedule, weight_decay, options):
+    return optax.adafactor(
+        schedule,
+        weight_decay_rate=weight_decay or None,
+        weight_decay_mask=decay_mask,
+        **options,
+    )
+
+
+def _muon(schedule, weight_decay, options):
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        weight_decay_mask=decay_mask,
+        muon_weight_dimension_numbers=_muon_dimensions,
+        **options,
+    )
+
+
+def _sgd(schedule, weight_decay, options):
+    decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+    return optax.chain(decay, optax.sgd(schedule, **options))
+
+
+_OPTIMIZERS = {
+    "adamw": (_adamw, optax.adamw),
+    "lion": (_lion, optax.lion),
+    "adafactor": (_adafactor, optax.adafactor),
+    "muon": (_muon, optax.contrib.muon),
+    "sgd": (_sgd, optax.sgd),
+}
+_SET_HERE = {
+    *("learning_rate", "weight_decay", "mask", "weight_decay_rate", "weight_decay_mask"),
+    *("adam_weight_decay", "muon_weight_dimension_numbers", "consistent_rms"),
+}
+
+
+def optimizer_options(name: str) -> list[str]:
+    """Numeric keywords of the optax optimizer that ``options`` may set."""
+    parameters = inspect.signature(_OPTIMIZERS[name][1]).parameters
+    return [k for k in parameters if k not in _SET_HERE and "dtype" not in k]
+
+
+def make_optimizer(
+    *,
+    name: str,
+    steps: int,
+    learning_rate: float,
+    schedule: str = "cosine",
+    warmup_ratio: float = 0.1,
+    final_ratio: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optax chain (clip by global norm, then the optimizer) and its schedule over ``steps``."""
+    rate = make_schedule(
+        learning_rate=learning_rate,
+        schedule=schedule,
+        steps=steps,
+        warmup_ratio=warmup_ratio,
+        final_ratio=final_ratio,
+    )
+    optimizer = _OPTIMIZERS[name][0](rate, weight_decay, dict(options or {}))
+    if max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+    return optimizer, rate

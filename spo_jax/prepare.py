@@ -1,0 +1,277 @@
+"""What a stage starts from: the policy, rows as ids, frozen log-probs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from spo_jax.checkpoints import Checkpoints
+from spo_jax.config import BUILTIN_TASK, Config, DataConfig, ModelConfig, TaskConfig
+from spo_jax.data import (
+    LengthBuckets,
+    TextRows,
+    TokenizedRows,
+    choose_buckets,
+    eval_batches,
+    format_rows,
+    load_records,
+    load_tokenizer,
+    make_chat_format,
+    split_by_prompt,
+    tokenize_rows,
+)
+from spo_jax.data.reference import (
+    default_cache_dir,
+    fingerprint,
+    load_or_precompute,
+    params_fingerprint,
+    precompute,
+)
+from spo_jax.models import Execution, Model, load_model, load_params, resolve_model_folder
+from spo_jax.objectives import completion_logprobs, make_logprobs_fn
+from spo_jax.sharding import batch_shards, place_batch, replicated, tree_shardings
+from spo_jax.tasks import arithmetic
+from spo_jax.types import Params
+
+MODEL_FOLDER = "model"
+"""Inside a run: config.json and tokenizer, so that the run is a model by itself."""
+
+_CARRIED = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
+
+
+class Policy(NamedTuple):
+    """A model with its parameters on the mesh; ``folder`` holds config.json and tokenizer."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    folder: Path
+
+
+def say(text: str) -> None:
+    """A line of news, from one process of a run."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether ``path`` is the folder of a run of one stage."""
+    return (Path(path) / "checkpoints").is_dir() and (Path(path) / MODEL_FOLDER).is_dir()
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The run at ``path``, or inside a run of several stages its preference (else SFT) stage."""
+    for folder in (Path(path), Path(path) / "preference", Path(path) / "sft"):
+        if is_run(folder):
+            return folder
+    return None
+
+
+def execution(config: ModelConfig) -> Execution:
+    """The execution options of the model section."""
+    return Execution(
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        attention=config.attention,
+    )
+
+
+def load_policy(config: ModelConfig, mesh: Mesh, *, seed: int, work: Path) -> Policy:
+    """The policy that ``model.path`` or ``model.init`` names, placed on the mesh.
+
+    ``work`` receives what the run must keep of it (config.json and tokenizer). Raises
+    one error that names path and mend when there is no such model.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if config.init is not None:
+        return _random_policy(config, mesh, seed, work)
+    run = find_run(config.path)
+    source = run / MODEL_FOLDER if run else resolve_model_folder(config.path)
+    _carry(source, work)
+    _put_tokenizer(config, work)
+    model = load_model(source, execution(config))
+    shardings = tree_shardings(model.abstract_params(), mesh)
+    if run:
+        params = Checkpoints(run).restore_params(_shaped(model.abstract_params(), shardings))
+    else:
+        params = load_params(source, model, shardings)
+    return Policy(model, params, load_tokenizer(work), work)
+
+
+def _shaped(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Policy:
+    _put_tokenizer(config, work)
+    tokenizer = load_tokenizer(work)
+    architecture = {"vocab_size": len(tokenizer), **(config.init or {})}
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        architecture.setdefault(name, getattr(tokenizer, name))
+    (work / "config.json").write_text(json.dumps(architecture, indent=2))
+    model = load_model(work, execution(config))
+    shardings = tree_shardings(model.abstract_params(), mesh)
+    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+    return Policy(model, params, tokenizer, work)
+
+
+def _carry(source: Path, target: Path) -> None:
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file() and not (target / file.name).exists():
+                shutil.copy(file, target / file.name)
+
+
+def _put_tokenizer(config: ModelConfig, folder: Path) -> None:
+    if config.tokenizer == BUILTIN_TASK:
+        arithmetic.write_tokenizer(folder)
+    elif config.tokenizer is not None:
+        load_tokenizer(config.tokenizer).save_pretrained(folder)
+
+
+def task_problems(task: TaskConfig, seed: int):
+    """SFT, preference and test problems of the built-in task."""
+    return arithmetic.make_problems(
+        digits=task.digits,
+        sft=task.sft_problems,
+        preference=task.preference_problems,
+        test=task.test_problems,
+        seed=seed,
+    )
+
+
+class Rows(NamedTuple):
+    """Tokenized rows for training and for evaluation, with the buckets both are padded to."""
+
+    train: TokenizedRows
+    heldout: TokenizedRows | None
+    buckets: LengthBuckets
+
+
+def read_rows(data: DataConfig, kind: str, tokenizer: Any, *, name: str) -> TextRows:
+    """The rows of ``data.train`` as text, bad ones reported (or an error)."""
+    rows, report = format_rows(
+        load_records(data.train, split=data.train_split),
+        make_chat_format(tokenizer, template=data.chat_template),
+        kind=kind,
+        on_bad_row=data.on_bad_row,
+        max_rows=data.max_rows,
+    )
+    say(f"{name}: {report}")
+    return rows
+
+
+def prepare_rows(data: DataConfig, kind: str, tokenizer: Any, *, seed: int, name: str) -> Rows:
+    """Read, check, split and tokenize a data set; says what was kept, cut and dropped.
+
+    ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration.
+    """
+
+    rows = read_rows(data, kind, tokenizer, name=name)
+    heldout = None
+    if data.eval is not None:
+        section = dataclasses.replace(
+            data, train=data.eval, train_split=data.eval_split, max_rows=None
+        )
+        heldout = read_rows(section, kind, tokenizer, name=f"{name}.eval")
+    elif data.eval_fraction:
+        rows, heldout = split_by_prompt(rows, fraction=data.eval_fraction, seed=seed)
+
+    def tokenize(some, label):
+        tokenized, report = tokenize_rows(
+            some,
+            tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            max_completion_length=data.max_completion_length,
+        )
+        say(f"{name} {label}: {report}")
+        return tokenized
+
+    train = tokenize(rows, "train")
+    held = tokenize(heldout, "held out") if heldout else None
+    buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
+    return Rows(train, held, buckets if held is None else _room_for(held, buckets, data))
+
+
+def _room_for(held: TokenizedRows, buckets: LengthBuckets, data: DataConfig) -> LengthBuckets:
+    """Chosen buckets, with one more where a held-out row is longer than every training row."""
+
+    def extend(sizes, lengths, given):
+        longest = int(lengths.max())
+        return sizes if given or longest <= sizes[-1] else (*sizes, round_up(longest, 8))
+
+    return LengthBuckets(
+        extend(buckets.prompt, held.prompt_lengths, data.prompt_buckets),
+        extend(buckets.completion, held.completion_lengths, data.completion_buckets),
+    )
+
+
+def round_up(size: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` from ``size`` on."""
+    return -(-size // unit) * unit
+
+
+def reference_logprobs(
+    config: Config,
+    model: Model,
+    params: Params,
+    rows: TokenizedRows,
+    buckets: LengthBuckets,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    name: str,
+) -> np.ndarray:
+    """Frozen log-probs ``[N, n]`` of ``rows`` under ``params``, cached under their fingerprint."""
+    key = fingerprint(
+        rows.fingerprint(),
+        params_fingerprint(params),
+        str(model.config),
+        config.model.compute_dtype,
+    )
+    logprobs = make_logprobs_fn(model, chunk_tokens=config.model.logprob_chunk)
+
+    @jax.jit
+    def values(params, batch):
+        found = batch.row_ids, completion_logprobs(logprobs, params, batch)
+        return jax.lax.with_sharding_constraint(found, replicated(mesh))
+
+    def compute():
+        size = round_up(batch_size, batch_shards(mesh))
+        batches = eval_batches(
+            rows,
+            batch_size=size,
+            buckets=buckets,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return precompute(
+            lambda batch: jax.device_get(values(params, place_batch(batch, mesh))),
+            batches,
+            num_rows=len(rows),
+            num_completions=rows.num_completions,
+            num_batches=len(batches),
+            active=jax.process_index() == 0,
+        )
+
+    cache = Path(config.reference.cache_dir or default_cache_dir())
+    found, cached = load_or_precompute(cache, key, compute, write=jax.process_index() == 0)
+    say(f"{name}: reference log-probs of {len(rows)} rows {'from the cache' if cached else 'done'}")
+    return found
+
+
+def copy_params(params: Params) -> Params:
+    """Buffers of their own, so that donating the one tree leaves the other alive."""
+    return jax.tree.map(jnp.copy, params)

@@ -1,0 +1,1 @@
+"""Built-in tasks: data that the package makes itself, with an exact grader."""

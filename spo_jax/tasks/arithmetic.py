@@ -1,0 +1,108 @@
+"""Addition with a written carry chain: a reasoning task that a tiny model learns in seconds.
+
+A problem is ``123+456=`` and its solution ``3+6+0=09;2+5+0=07;1+4+0=05; 579``: digit by
+digit from the right, each with the carry in and the two-digit sum, then the answer. As
+described in METHOD section 6.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
+CHARACTERS = "0123456789+=; "
+
+
+class Problem(NamedTuple):
+    """A prompt and its right completion."""
+
+    prompt: str
+    completion: str
+
+
+def solve(a: int, b: int, digits: int) -> Problem:
+    """The problem ``a + b`` written with ``digits`` digits each, and its carry chain."""
+    left, right = f"{a:0{digits}d}", f"{b:0{digits}d}"
+    carry, steps = 0, []
+    for x, y in zip(reversed(left), reversed(right), strict=True):
+        total = int(x) + int(y) + carry
+        steps.append(f"{x}+{y}+{carry}={total:02d};")
+        carry = total // 10
+    return Problem(f"{left}+{right}=", "".join(steps) + f" {a + b}")
+
+
+def make_problems(
+    *, digits: int, sft: int, preference: int, test: int, seed: int
+) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """Disjoint SFT, preference and test problems, drawn without replacement.
+
+    Raises:
+        ValueError: more problems than ``digits`` digits allow.
+    """
+    total, space = sft + preference + test, 10 ** (2 * digits)
+    if total > space:
+        raise ValueError(
+            f"{total} problems of {digits} digits were asked for, only {space} exist: "
+            "raise task.digits or ask for fewer"
+        )
+    drawn = np.random.default_rng(seed).choice(space, size=total, replace=False)
+    size = 10**digits
+    problems = [solve(int(x) // size, int(x) % size, digits) for x in drawn]
+    return problems[:sft], problems[sft : sft + preference], problems[sft + preference :]
+
+
+def is_correct(prompt: str, completion: str) -> bool:
+    """Whether the completion's answer, the text behind its last space, is the exact sum."""
+    left, _, right = prompt.rstrip("=").partition("+")
+    _, space, answer = completion.rpartition(" ")
+    return bool(space) and answer == str(int(left) + int(right))
+
+
+def is_well_formed(completion: str) -> bool:
+    """Whether the completion has an answer at all: a number behind its last space."""
+    _, space, answer = completion.rpartition(" ")
+    return bool(space) and answer.isdigit()
+
+
+def make_pairs(
+    problems: Sequence[Problem], samples: Sequence[Sequence[str]]
+) -> list[dict[str, str]]:
+    """Pairs of the right solution and each distinct wrong sample of the same problem."""
+    return [
+        {"prompt": p.prompt, "chosen": p.completion, "rejected": wrong}
+        for p, tried in zip(problems, samples, strict=True)
+        for wrong in dict.fromkeys(tried)
+        if wrong and not is_correct(p.prompt, wrong)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A character-level tokenizer of the task, as a folder that ``transformers`` loads."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN
+    ).save_pretrained(folder)
+
+
+def vocabulary_size() -> int:
+    """Tokens of ``write_tokenizer``'s vocabulary."""
+    return len(CHARACTERS) + 3

@@ -1,0 +1,150 @@
+"""Where metrics go: JSON lines, TensorBoard, a progress bar; and the displacement alarm."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """``RUN/metrics.jsonl`` and ``RUN/tensorboard``; one process of a run writes.
+
+    Lines of a step that a resumed run does again are dropped first, so that the file
+    has each step once.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int = 0, active: bool = True):
+        self._file = self._board = None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _keep_steps_before(path, first_step)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; values that are not numbers (a level that was not computed) are left out."""
+        if self._file is None:
+            return
+        finite = {k: float(v) for k, v in metrics.items() if not math.isnan(float(v))}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for key, value in finite.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError):
+            continue  # a line cut short by a crash
+        if step < first_step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Progress:
+    """One line with step, loss, gap, tokens/s and time left; plain lines without a terminal."""
+
+    def __init__(self, name: str, total: int, start: int = 0, active: bool = True):
+        self._name, self._total, self._active = name, total, active
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=name,
+            disable=not (active and self._live),
+            dynamic_ncols=True,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]",
+        )
+        self._every = max(1, total // 10)
+
+    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+        """Show the state after ``step`` updates."""
+        shown = [f"{short} {metrics[key]:.4g}" for key, short in _SHOWN if _is_number(metrics, key)]
+        shown.append(f"{tokens_per_second:,.0f} tok/s")
+        self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._active and not self._live and (step % self._every == 0 or step == self._total):
+            print(f"{self._name} {step}/{self._total}  " + "  ".join(shown), file=sys.stderr)
+
+    def say(self, text: str) -> None:
+        """A line of text that does not break the bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+_SHOWN = (
+    ("loss", "loss"),
+    ("inner_loss", "inner"),
+    ("gap", "gap"),
+    ("log_ratio/chosen", "chosen"),
+)
+
+
+def _is_number(metrics: Mapping[str, float], key: str) -> bool:
+    return key in metrics and not math.isnan(float(metrics[key]))
+
+
+class DisplacementAlarm:
+    """Warns when the chosen lose probability while the margin grows (METHOD section 2).
+
+    Looks at exponential averages over about ``window`` updates, so that one odd batch
+    raises nothing, and warns again only after the log-ratio has recovered.
+    """
+
+    def __init__(self, threshold: float, window: int = 10):
+        self.threshold = threshold
+        self._decay = 1 - 1 / window
+        self._chosen = self._margin = self._weight = 0.0
+        self._best_margin = -math.inf
+        self._raised = False
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """The warning's text when the alarm goes off at this step, else None."""
+        if not all(_is_number(metrics, k) for k in ("log_ratio/chosen", "log_ratio/margin")):
+            return None
+        d = self._decay
+        self._weight = d * self._weight + (1 - d)
+        self._chosen = d * self._chosen + (1 - d) * float(metrics["log_ratio/chosen"])
+        self._margin = d * self._margin + (1 - d) * float(metrics["log_ratio/margin"])
+        chosen, margin = self._chosen / self._weight, self._margin / self._weight
+        growing = margin >= self._best_margin and margin > 0
+        self._best_margin = max(self._best_margin, margin)
+        if chosen > self.threshold / 2:
+            self._raised = False
+        if chosen >= self.threshold or not growing or self._raised:
+            return None
+        self._raised = True
+        return (
+            f"WARNING displacement at step {step}: the chosen completions have lost "
+            f"{-chosen:.2f} nats against the reference (alarm at {-self.threshold:g}) while the "
+            f"margin grew to {margin:.2f}. Probability leaks to answers in neither column; "
+            "raise solver.penalty_weight, or use solver penalty if this is preference_only."
+        )

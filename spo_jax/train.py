@@ -1,0 +1,437 @@
+"""Assemble a configuration into stages, compile their step, run them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spo_jax import __version__
+from spo_jax.checkpoints import (
+    Checkpoints,
+    load_reference,
+    save_reference,
+)
+from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named, OptimizerConfig
+from spo_jax.config_io import config_to_dict, read_tree, save_config
+from spo_jax.data import eval_batches, make_train_iterator
+from spo_jax.evaluate import complete, make_evaluate
+from spo_jax.loop import Batches, run_loop
+from spo_jax.losses import make_preference_loss
+from spo_jax.objectives import Objective, make_logprobs_fn, make_objective
+from spo_jax.optimizers import make_optimizer
+from spo_jax.prepare import (
+    MODEL_FOLDER,
+    Policy,
+    Rows,
+    copy_params,
+    is_run,
+    load_policy,
+    prepare_rows,
+    reference_logprobs,
+    round_up,
+    say,
+    task_problems,
+)
+from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, tree_shardings
+from spo_jax.solvers import SOLVERS, Solver
+from spo_jax.tasks import arithmetic
+from spo_jax.trackers import MetricsWriter, Progress
+from spo_jax.types import Params, TrainState
+from spo_jax.validation import loss_function, solver_uses, unused_sections
+
+
+class RunExists(FileExistsError):
+    """The run folder holds a run already, and nobody said to go on with it."""
+
+
+def make_train_step(
+    objective: Objective, solver: Solver, *, schedule: optax.Schedule, tolerance: float = 0.0
+):
+    """``(state, batch, reference_params) -> (state, metrics)``, pure; jit and donate it.
+
+    Adds ``lr`` and ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats
+    per token) to the metrics of objective and solver.
+    """
+
+    def step(state: TrainState, batch: Any, reference_params: Params | None = None):
+        levels = objective.levels(state.objective, reference_params)
+        solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
+        metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
+        if "gap" in metrics:
+            metrics["inside_safe_region"] = metrics["gap"] <= tolerance
+        key = jax.random.fold_in(state.key, state.step)
+        return TrainState(state.step + 1, solver_state, objective_state, key), metrics
+
+    return step
+
+
+def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)
+
+
+def shard_state(init: Any, mesh: Any, *arguments: Any) -> tuple[TrainState, Any]:
+    """Run ``init`` with every leaf of the state made where it will live; state and shardings."""
+    shardings = tree_shardings(jax.eval_shape(init, *arguments), mesh)
+    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
+
+
+def make_chain(config: OptimizerConfig, steps: int):
+    """The optax chain and schedule of one section of the configuration."""
+    return make_optimizer(
+        steps=steps,
+        **{k: getattr(config, k) for k in OptimizerConfig.__dataclass_fields__},
+    )
+
+
+def make_solver(named: Named, **chains: optax.GradientTransformation) -> Solver:
+    """The solver of the table with its options and the optax chains it uses."""
+    used = {k: v for k, v in chains.items() if solver_uses(named.name, k)}
+    return SOLVERS[named.name](**used, **named.options)
+
+
+class StageResult(NamedTuple):
+    """Where a stage ended: the policy and its held-out metrics."""
+
+    policy: Policy
+    metrics: dict[str, float]
+    folder: Path
+
+
+class Trainer:
+    """The stages of one configuration, with what they share: mesh, rows, policy."""
+
+    def __init__(self, config: Config, *, resume: bool = False, only: str | None = None):
+        self.config, self.resume = config, resume
+        self.stages = config.stages if only is None else (only,)
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        self.root = Path(config.output_dir)
+        self.place = partial(place_batch, mesh=self.mesh)
+        self._rows: dict[str, Rows] = {}
+
+    def stage_folder(self, stage: str) -> Path:
+        """A run of one stage is its folder; several stages have a folder each inside."""
+        return self.root if len(self.config.stages) == 1 else self.root / stage
+
+    def run(self) -> dict[str, StageResult]:
+        """All stages in order; the preference stages start from what SFT ended with."""
+        self._check_sizes()
+        for stage in self.stages:
+            folder = self.stage_folder(stage)
+            if is_run(folder) and not self.resume:
+                raise RunExists(
+                    f"{folder} holds a run already: go on with --resume, or choose another folder "
+                    "with --output-dir"
+                )
+        self.root.mkdir(parents=True, exist_ok=True)
+        start = load_policy(
+            self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
+        )
+        results: dict[str, StageResult] = {}
+        for stage in self.stages:
+            results[stage] = self._run_stage(stage, start)
+            if stage == "sft":
+                start = results[stage].policy
+        return results
+
+    def _check_sizes(self) -> None:
+        for stage in self.stages:
+            key = "sft" if stage == "sft" else "train"
+            loop = getattr(self.config, key)
+            for name in ("batch_size", "inner_batch_size"):
+                if getattr(loop, name) is not None:
+                    check_batch_size(
+                        f"{key}.{name}", getattr(loop, name), loop.gradient_accumulation, self.mesh
+                    )
+
+    def _run_stage(self, stage: str, start: Policy) -> StageResult:
+        folder = self.stage_folder(stage)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_description(folder, start, stage)
+        if stage == "sft":
+            return self._sft(folder, start)
+        return self._preference(stage, folder, start)
+
+    def _write_description(self, folder: Path, start: Policy, stage: str) -> None:
+        if jax.process_index():
+            return
+        model = folder / MODEL_FOLDER
+        if model != start.folder:
+            model.mkdir(exist_ok=True)
+            for file in start.folder.iterdir():
+                (model / file.name).write_bytes(file.read_bytes())
+        header = f"spo-jax {__version__}, jax {jax.__version__}, stage {stage}"
+        without = unused_sections(self.config)
+        path = folder / "config.yaml"
+        if self.resume and path.exists():
+            changed = changed_keys(self.config, read_tree(path))
+            if changed:
+                say(f"{stage}: resumed with other settings: {'; '.join(changed)}")
+        save_config(self.config, path, without=without, header=header)
+
+    def rows(self, section: str, policy: Policy) -> Rows:
+        """Tokenized rows of ``data`` or ``sft_data``, read once."""
+        if section not in self._rows:
+            data = getattr(self.config, section)
+            if data.train == BUILTIN_TASK:
+                data = self._builtin_data(section, policy)
+            kind = "preference" if section == "data" else "sft"
+            self._rows[section] = prepare_rows(
+                data, kind, policy.tokenizer, seed=self.config.seed, name=section
+            )
+        return self._rows[section]
+
+    def _builtin_data(self, section: str, policy: Policy):
+        """Write the task's rows into the run, as files like any other data."""
+        task, seed = self.config.task, self.config.seed
+        sft, preference, test = task_problems(task, seed)
+        data = getattr(self.config, section)
+        if section == "sft_data":
+            path, heldout = self.root / "sft.jsonl", self.root / "test.jsonl"
+            for file, problems in ((path, sft), (heldout, test)):
+                arithmetic.write_rows(file, [p._asdict() for p in problems])
+            return dataclasses.replace(data, train=str(path), eval=str(heldout))
+        path = self.root / "pairs.jsonl"
+        if not path.exists():
+            say(f"sampling {task.samples} solutions of each of {len(preference)} problems")
+            samples = [
+                complete(
+                    policy.model,
+                    policy.params,
+                    policy.tokenizer,
+                    [p.prompt for p in preference],
+                    max_new_tokens=len(preference[0].completion) + 8,
+                    temperature=task.temperature,
+                    seed=seed + i,
+                )
+                for i in range(task.samples)
+            ]
+            pairs = arithmetic.make_pairs(preference, list(zip(*samples, strict=True)))
+            arithmetic.write_rows(path, pairs)
+        fraction = data.eval_fraction or 0.1
+        return dataclasses.replace(data, train=str(path), eval_fraction=fraction)
+
+    def _steps(self, loop: LoopConfig, steps_per_epoch: int) -> int:
+        return loop.steps or max(1, round(loop.epochs * steps_per_epoch))
+
+    def _iterator(self, rows: Rows, batch_size: int, logprobs=None):
+        return make_train_iterator(
+            rows.train,
+            batch_size=batch_size,
+            buckets=rows.buckets,
+            seed=self.config.seed,
+            num_epochs=None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            reference_logprobs=logprobs,
+        )
+
+    def _eval_batches(self, rows: Rows, loop: LoopConfig, logprobs=None):
+        size = round_up(loop.eval_batch_size or loop.batch_size, batch_shards(self.mesh))
+        return eval_batches(
+            rows.heldout,
+            batch_size=size,
+            buckets=rows.buckets,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            reference_logprobs=logprobs,
+        )
+
+    def _objective(self, policy: Policy, loop: LoopConfig, **options) -> Objective:
+        logprobs = make_logprobs_fn(policy.model, chunk_tokens=self.config.model.logprob_chunk)
+        return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
+
+    def _sft(self, folder: Path, start: Policy) -> StageResult:
+        loop = self.config.sft
+        rows = self.rows("sft_data", start)
+        iterator = self._iterator(rows, loop.batch_size)
+        steps = self._steps(loop, iterator.steps_per_epoch)
+        optimizer, schedule = make_chain(self.config.inner, steps)
+        objective = self._objective(start, loop, loss=None, inner_data="sft", reference="none")
+        evaluate = None
+        if rows.heldout is not None:
+            run = make_evaluate(objective, self._eval_batches(rows, loop), self.place)
+            evaluate = lambda state: run(state.solver.params, state.objective)  # noqa: E731
+        solver = SOLVERS["inner_only"](inner=optimizer)
+        return self._loop(
+            "sft", folder, start, loop, steps, schedule, objective, solver,
+            Batches(sft=iterator), evaluate,
+        )  # fmt: skip
+
+    def _preference(self, stage: str, folder: Path, start: Policy) -> StageResult:
+        config, loop = self.config, self.config.train
+        named = Named("preference_only") if stage == "baseline" else config.solver
+        with_sft = config.objective.inner_data == "sft" and named.name != "preference_only"
+        rows = self.rows("data", start)
+        sft_rows = self.rows("sft_data", start) if with_sft else None
+        reference = self._reference(folder, start)
+        found = self._frozen_logprobs(reference, start, rows, sft_rows, loop)
+
+        iterator = self._iterator(rows, loop.batch_size, found.get("train"))
+        inner_size = loop.inner_batch_size or loop.batch_size
+        sft_iterator = self._iterator(sft_rows, inner_size, found.get("sft")) if with_sft else None
+        steps = self._steps(loop, iterator.steps_per_epoch)
+        outer, schedule = make_chain(config.outer, steps)
+        inner, inner_schedule = make_chain(config.inner, steps)
+        solver = make_solver(named, outer=outer, inner=inner)
+        if not solver_uses(named.name, "outer"):
+            schedule = inner_schedule
+        name = config.loss.name
+        bound = make_preference_loss(
+            loss_function(name) if ":" in name else name, **config.loss.options
+        )
+        options = {
+            "loss": bound,
+            "inner_value": config.objective.inner_value,
+            "regularizer": config.objective.regularizer,
+            "regularizer_weight": config.objective.regularizer_weight,
+            "reference": config.reference.mode,
+        }
+        inner_data = "sft" if with_sft else "chosen"
+        objective = self._objective(start, loop, inner_data=inner_data, **options)
+        reference_params = reference if config.reference.mode == "online" else None
+        evaluate = None
+        if rows.heldout is not None:
+            # Held-out pairs are judged with the chosen as inner data, whatever training uses.
+            judged = self._objective(start, loop, inner_data="chosen", **options)
+            batches = self._eval_batches(rows, loop, found.get("heldout"))
+            run = make_evaluate(judged, batches, self.place)
+            evaluate = lambda state: run(  # noqa: E731
+                solver.policy(state.solver), state.objective, reference_params
+            )
+        return self._loop(
+            stage, folder, start, loop, steps, schedule, objective, solver,
+            Batches(iterator, sft_iterator), evaluate, reference_params,
+            tolerance=float(named.options.get("tolerance", 0.0)),
+        )  # fmt: skip
+
+    def _reference(self, folder: Path, start: Policy) -> Params | None:
+        """The reference parameters: those saved with the run, else reference.path, else start."""
+        config = self.config
+        if config.reference.mode == "none":
+            return None
+        if (folder / "reference").exists():
+            return load_reference(folder, start.params)
+        params = start.params
+        if config.reference.path is not None:
+            section = dataclasses.replace(
+                config.model, path=config.reference.path, init=None, tokenizer=None
+            )
+            work = folder / "reference_model"
+            other = load_policy(section, self.mesh, seed=config.seed, work=work)
+            if other.model != start.model:
+                raise ValueError(
+                    f"reference.path={config.reference.path} has another architecture than the "
+                    "policy: a reference of the same shape is needed"
+                )
+            params = other.params
+        save_reference(folder, params)
+        return params
+
+    def _frozen_logprobs(self, reference, start: Policy, rows: Rows, sft_rows, loop: LoopConfig):
+        if self.config.reference.mode != "precomputed":
+            return {}
+        wanted = {"train": rows.train, "heldout": rows.heldout}
+        buckets = {"train": rows.buckets, "heldout": rows.buckets}
+        if sft_rows is not None:
+            wanted["sft"], buckets["sft"] = sft_rows.train, sft_rows.buckets
+        size = loop.eval_batch_size or loop.batch_size
+        return {
+            name: reference_logprobs(
+                self.config, start.model, reference, some, buckets[name], self.mesh,
+                batch_size=size, name=name,
+            )
+            for name, some in wanted.items()
+            if some is not None
+        }  # fmt: skip
+
+    def _loop(
+        self, stage, folder, start, loop, steps, schedule, objective, solver, batches, evaluate,
+        reference_params=None, *, tolerance=0.0,
+    ) -> StageResult:  # fmt: skip
+        """Compile the step, resume where there is something to resume, run to the end."""
+        key = jax.random.key_data(jax.random.key(self.config.seed))
+        # The step donates its state; the start lives on for other stages and as reference.
+        init = partial(init_state, solver, objective)
+        state, shardings = shard_state(init, self.mesh, copy_params(start.params), key)
+        step = make_train_step(objective, solver, schedule=schedule, tolerance=tolerance)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        step_fn = lambda state, batch: step(state, batch, reference_params)  # noqa: E731
+
+        checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
+        if self.resume and checkpoints.latest_step() is not None:
+            state, position, _ = checkpoints.restore(state)
+            batches.set_state(position)
+            say(f"{stage}: going on from step {int(state.step)} of {steps}")
+        active = jax.process_index() == 0
+        done = int(state.step)
+        metrics: dict[str, float] = {}
+
+        def look(state):
+            metrics.update(evaluate(state))
+            return metrics
+
+        if done < steps:
+            writer = MetricsWriter(folder, first_step=done + 1, active=active)
+            state = run_loop(
+                step_fn, state, batches, name=stage, steps=steps, loop=loop, place=self.place,
+                evaluate=None if evaluate is None else look, writer=writer,
+                checkpoints=checkpoints, progress=Progress(stage, steps, done, active),
+            )  # fmt: skip
+            writer.close()
+        elif evaluate is not None:
+            look(state)
+        checkpoints.close()
+        return StageResult(
+            start._replace(params=solver.policy(state.solver)), dict(metrics), folder
+        )
+
+
+def task_table(trainer: Trainer, results: dict[str, StageResult]) -> list[dict[str, Any]]:
+    """Exact answers of each stage on the built-in task's test problems, with held-out metrics."""
+    config = trainer.config
+    _, _, test = task_problems(config.task, config.seed)
+    table = []
+    for stage, result in results.items():
+        texts = complete(
+            result.policy.model,
+            result.policy.params,
+            result.policy.tokenizer,
+            [p.prompt for p in test],
+            max_new_tokens=len(test[0].completion) + 8,
+        )
+        right = [arithmetic.is_correct(p.prompt, t) for p, t in zip(test, texts, strict=True)]
+        formed = [arithmetic.is_well_formed(t) for t in texts]
+        keys = ("log_ratio/chosen", "log_ratio/rejected", "rewards/margins", "logprobs/accuracies")
+        table.append(
+            {
+                "stage": stage,
+                "accuracy": sum(right) / len(right),
+                "unanswered": 1 - sum(formed) / len(formed),
+                "problems": len(right),
+                **{k: result.metrics[k] for k in keys if k in result.metrics},
+            }
+        )
+    (trainer.root / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    return table
+
+
+def changed_keys(config: Config, saved: dict[str, Any]) -> list[str]:
+    """Keys whose values differ from those a run was saved with, as ``a.b: old -> new``."""
+
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    now, before = dict(flat(config_to_dict(config))), dict(flat(saved))
+    return [f"{k}: {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]

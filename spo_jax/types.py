@@ -1,0 +1,101 @@
+"""The words of the library as types: rows, batches and the array aliases.
+
+Letters used in shapes everywhere: ``B`` rows, ``n`` completions of a row (1 for
+SFT, 2 for a pair), ``P`` prompt length, ``C`` completion length, ``T`` tokens,
+``V`` vocabulary, ``D`` model width, ``H`` heads, ``K`` key/value heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Params: TypeAlias = Any
+"""A pytree of arrays. Nothing outside ``models/`` knows its structure."""
+
+CHOSEN, REJECTED = 0, 1
+"""Branch indices of a preference pair."""
+
+
+class PreferenceRow(NamedTuple):
+    """One preference pair as text: ``prompt + chosen`` and ``prompt + rejected``."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class SFTRow(NamedTuple):
+    """One supervised example as text pieces, alternately unscored and scored.
+
+    ``prompt`` is never scored. ``pieces`` are ``(text, scored)`` in order; a plain
+    prompt/completion row has the single piece ``(completion, True)``, a dialogue one
+    scored piece for each assistant turn.
+    """
+
+    prompt: str
+    pieces: tuple[tuple[str, bool], ...]
+
+
+class CompletionBatch(NamedTuple):
+    """``B`` prompts with ``n`` completions each, in the pair layout.
+
+    ``prompt_tokens`` is right-aligned in ``P`` (padding on the left),
+    ``completion_tokens`` left-aligned in ``C``. ``completion_mask`` is true at the
+    *scored* tokens: the completion with its EOS, never the prompt or padding.
+    ``row_ids`` is the row's index in its data set, or -1 for a filler row, which
+    completes a last batch and weighs nothing. ``reference_logprobs`` are the
+    completions' summed log-probs under the frozen reference, or ``None``.
+    """
+
+    prompt_tokens: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    completion_tokens: Int[Array, "B n C"]
+    completion_mask: Bool[Array, "B n C"]
+    row_ids: Int[Array, "B"]
+    reference_logprobs: Float[Array, "B n"] | None = None
+
+
+PreferenceBatch: TypeAlias = CompletionBatch
+"""A ``CompletionBatch`` with ``n = 2``: branch 0 chosen, branch 1 rejected."""
+
+SFTBatch: TypeAlias = CompletionBatch
+"""A ``CompletionBatch`` with ``n = 1``."""
+
+
+class PairLogprobs(NamedTuple):
+    """Summed log-probs of the scored tokens of each pair, with the number of those tokens.
+
+    ``chosen`` and ``rejected`` are in nats, the lengths in tokens (closing EOS included).
+    """
+
+    chosen: Float[Array, "B"]
+    rejected: Float[Array, "B"]
+    chosen_length: Float[Array, "B"]
+    rejected_length: Float[Array, "B"]
+
+
+class BilevelBatch(NamedTuple):
+    """What one update sees: pairs for the outer level, SFT rows for the inner one.
+
+    ``sft`` is ``None`` where the inner data are the chosen completions, ``preference``
+    where there is no outer level (an SFT run).
+    """
+
+    preference: PreferenceBatch | None = None
+    sft: SFTBatch | None = None
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes; checkpointed as a whole.
+
+    ``solver`` is the solver's state (parameters and optimizer states included),
+    ``objective`` the objective's (loss statistics, running inner value), ``step`` the
+    number of updates done, ``key`` a raw ``uint32`` PRNG key.
+    """
+
+    step: Int[Array, ""]
+    solver: Any
+    objective: Any
+    key: Shaped[Array, "2"]

@@ -1,0 +1,266 @@
+"""A configuration against the tables: what would be ignored or cannot run is an error.
+
+Apart from ``config.py``, because it looks at losses, solvers and optimizers, which that
+room must not import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo_jax.config import BUILTIN_TASK, Config, DataConfig, LoopConfig, Named, OptimizerConfig
+from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, read_tree
+from spo_jax.losses import LOSSES, hyperparameters, make_preference_loss
+from spo_jax.optimizers import optimizer_options
+from spo_jax.solvers import PENALTIES, SOLVERS
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay ``overrides`` over it and check the whole.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a value of the wrong type, an option
+            that would be ignored, or a combination that cannot be run.
+    """
+    return checked_config(read_tree(path, overrides))
+
+
+def checked_config(tree: Mapping[str, Any], **overrides: Any) -> Config:
+    """As ``load_config``, from plain values already in memory."""
+    tree = override(tree, overrides)
+    config = config_from_tree(tree)
+    validate(config, given=tree)
+    return config
+
+
+def unused_sections(config: Config) -> dict[str, str]:
+    """Sections that the run would ignore, with the reason."""
+    sft_stage = "sft" in config.stages
+    preference = "preference" in config.stages or "baseline" in config.stages
+    unused = {}
+    if not sft_stage:
+        unused["sft"] = "no stage is sft"
+        if config.objective.inner_data != "sft":
+            unused["sft_data"] = "no stage is sft and objective.inner_data is not sft"
+        if not solver_uses(config.solver.name, "inner"):
+            unused["inner"] = f"no stage is sft, solver {config.solver.name} takes no inner steps"
+    if not preference:
+        for name in ("data", "loss", "objective", "solver", "outer", "train", "reference"):
+            unused[name] = "no stage is preference"
+    if BUILTIN_TASK not in (config.data.train, config.sft_data.train):
+        unused["task"] = f"no data set is {BUILTIN_TASK}"
+    if preference and not solver_uses(config.solver.name, "outer"):
+        unused["outer"] = f"solver {config.solver.name} takes no outer steps"
+    return unused
+
+
+def solver_uses(name: str, level: str) -> bool:
+    """Whether the solver ``name`` takes steps of ``level`` (``outer`` or ``inner``)."""
+    return name in SOLVERS and level in inspect.signature(SOLVERS[name]).parameters
+
+
+def loss_function(name: str):
+    """The loss of the table, or a function of one's own given as ``module:function``.
+
+    Raises:
+        ConfigError: no such loss, module or function.
+    """
+    if name in LOSSES:
+        return LOSSES[name][0]
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"loss.name={name!r}: {error}. It is read as module:function; the module must "
+                f"be importable from {Path.cwd()}"
+            ) from None
+    raise ConfigError(
+        f"loss.name={name!r}: choose one of {', '.join(LOSSES)}{nearest(name, list(LOSSES))}, "
+        "or module:function for one of your own"
+    )
+
+
+def choices() -> dict[str, dict[str, dict[str, Any]]]:
+    """Options and defaults (None: required) of each loss and solver, read off their signatures."""
+
+    def options(fn):
+        found = hyperparameters(fn)
+        return {
+            k: None if v is inspect.Parameter.empty else v
+            for k, v in found.items()
+            if k not in ("outer", "inner")
+        }
+
+    return {
+        "loss": {name: options(fn) for name, (fn, _) in LOSSES.items()},
+        "solver": {name: options(fn) for name, fn in SOLVERS.items()},
+    }
+
+
+def _check_options(section: str, chosen: Named, accepted: Mapping[str, Any]) -> None:
+    for key in chosen.options:
+        if key not in accepted:
+            takes = ", ".join(accepted) or "no options"
+            raise ConfigError(
+                f"{section}.{key} would be ignored: {chosen.name} takes {takes}"
+                f"{nearest(key, list(accepted))}"
+            )
+    missing = [k for k, v in accepted.items() if v is None and k not in chosen.options]
+    if missing:
+        raise ConfigError(
+            f"{section}: {chosen.name} needs {', '.join(f'{section}.{k}' for k in missing)}"
+        )
+    for key, value in chosen.options.items():
+        default = accepted[key]
+        numeric = isinstance(default, int | float) and not isinstance(default, bool)
+        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{section}.{key}={value!r}: expected a number")
+
+
+def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
+    """Refuse what would be ignored or cannot run; ``given`` are the keys somebody set.
+
+    Raises:
+        ConfigError: with the key, the reason and the mend.
+    """
+    given = given or {}
+    if config.solver.name not in SOLVERS:
+        raise ConfigError(
+            f"solver.name={config.solver.name!r}: choose one of {', '.join(SOLVERS)}"
+            f"{nearest(config.solver.name, list(SOLVERS))}"
+        )
+    _check_options("solver", config.solver, choices()["solver"][config.solver.name])
+    fn = loss_function(config.loss.name)
+    accepted = {
+        k: None if v is inspect.Parameter.empty else v for k, v in hyperparameters(fn).items()
+    }
+    _check_options("loss", config.loss, accepted)
+    for section, reason in unused_sections(config).items():
+        if section in given:
+            raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
+    if not config.stages:
+        raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
+    if len(set(config.stages)) != len(config.stages):
+        raise ConfigError(f"stages={list(config.stages)}: a stage is named twice")
+
+    penalty = config.solver.options.get("penalty", "linear")
+    if config.solver.name == "penalty":
+        if penalty not in PENALTIES:
+            raise ConfigError(
+                f"solver.penalty={penalty!r}: choose one of {', '.join(PENALTIES)}"
+                f"{nearest(str(penalty), PENALTIES)}"
+            )
+        if penalty == "linear" and "tolerance" in config.solver.options:
+            raise ConfigError(
+                "solver.tolerance would be ignored: with penalty linear it drops out of the "
+                "gradient. Choose penalty: hinge or squared_hinge"
+            )
+    _validate_objective(config, given)
+    _validate_model(config)
+    stages = set(config.stages)
+    if stages & {"preference", "baseline"}:
+        _validate_stage("train", config.train, "data", config.data)
+        if config.objective.inner_data == "sft" and config.sft_data.train is None:
+            raise ConfigError("objective.inner_data=sft needs sft_data.train")
+        if config.train.inner_batch_size and config.objective.inner_data != "sft":
+            raise ConfigError(
+                "train.inner_batch_size would be ignored: objective.inner_data is chosen"
+            )
+        if solver_uses(config.solver.name, "outer"):
+            _validate_optimizer("outer", config.outer)
+    if "sft" in stages:
+        _validate_stage("sft", config.sft, "sft_data", config.sft_data)
+        if config.sft.inner_batch_size:
+            raise ConfigError("sft.inner_batch_size would be ignored: set sft.batch_size")
+    if "inner" not in unused_sections(config):
+        _validate_optimizer("inner", config.inner)
+
+
+def _validate_objective(config: Config, given: Mapping[str, Any]) -> None:
+    objective, reference = config.objective, config.reference
+    if (objective.regularizer is None) != (objective.regularizer_weight == 0):
+        raise ConfigError(
+            f"objective.regularizer={objective.regularizer} with regularizer_weight="
+            f"{objective.regularizer_weight}: one without the other has no effect, set both"
+        )
+    if reference.mode != "none":
+        return
+    fn = loss_function(config.loss.name)
+    name = config.loss.name
+    bound = make_preference_loss(name if ":" not in name else fn, **config.loss.options)
+    needs = {
+        f"loss {name}": bound.needs_reference,
+        "objective.inner_value: reference": objective.inner_value == "reference",
+        "objective.regularizer: hinge": objective.regularizer == "hinge",
+    }
+    for who, needed in needs.items():
+        if needed:
+            raise ConfigError(
+                f"reference.mode=none, but {who} needs the reference: use precomputed or online"
+            )
+    if reference.path:
+        raise ConfigError("reference.path would be ignored: reference.mode is none")
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    if (model.path is None) == (model.init is None):
+        raise ConfigError(
+            "set model.path (a Hugging Face folder, hub name or run folder) or model.init "
+            "(an architecture to start from at random), exactly one of the two"
+        )
+    if model.init is not None and model.tokenizer is None:
+        raise ConfigError("model.init has no tokenizer of its own: set model.tokenizer")
+
+
+def _validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataConfig) -> None:
+    if (loop.steps is None) == (loop.epochs is None):
+        raise ConfigError(f"set {loop_key}.steps or {loop_key}.epochs, exactly one of the two")
+    if data.train is None:
+        raise ConfigError(f"{data_key}.train is not set: name a file, folder or hub data set")
+    if data.eval is not None and data.eval_fraction:
+        raise ConfigError(f"{data_key}.eval_fraction would be ignored: {data_key}.eval is set")
+    if not 0 <= data.eval_fraction < 1:
+        raise ConfigError(f"{data_key}.eval_fraction={data.eval_fraction}: expected 0 <= . < 1")
+    builtin = data.train == BUILTIN_TASK
+    if not builtin and data.train.startswith("builtin:"):
+        raise ConfigError(f"{data_key}.train={data.train!r}: the built-in data is {BUILTIN_TASK}")
+    if loop.eval_every and data.eval is None and not data.eval_fraction and not builtin:
+        raise ConfigError(
+            f"{loop_key}.eval_every needs held-out rows: set {data_key}.eval or eval_fraction"
+        )
+    positive = ["batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"]
+    positive += ["steps", "epochs", "eval_every", "save_every", "inner_batch_size"]
+    for name in positive:
+        value = getattr(loop, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{loop_key}.{name}={value}: expected a positive number")
+    for name in ("batch_size", "inner_batch_size"):
+        size = getattr(loop, name)
+        if size is not None and size % loop.gradient_accumulation:
+            raise ConfigError(
+                f"{loop_key}.{name}={size} does not divide into gradient_accumulation="
+                f"{loop.gradient_accumulation} micro-batches: use a multiple"
+            )
+
+
+def _validate_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    accepted = optimizer_options(optimizer.name)
+    for name in optimizer.options:
+        if name not in accepted:
+            raise ConfigError(
+                f"{key}.options.{name} would be ignored: {optimizer.name} takes "
+                f"{', '.join(accepted)}{nearest(name, accepted)}"
+            )
+    if optimizer.learning_rate <= 0:
+        raise ConfigError(f"{key}.learning_rate={optimizer.learning_rate}: must be above 0")
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        raise ConfigError(f"{key}.warmup_ratio={optimizer.warmup_ratio}: expected 0 to 1")
+    if optimizer.schedule == "constant" and optimizer.final_ratio:
+        raise ConfigError(f"{key}.final_ratio would be ignored: the schedule is constant")

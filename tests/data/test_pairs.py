@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_data import PAD, make_rows
+
+from spo_jax.data import FILLER, rows_to_batch
+
+ROWS = make_rows([([1, 2, 3], [[4, 5], [6]]), ([], [[8, 10, 12], [14, 16]])])
+
+
+def test_layout_by_hand():
+    batch = rows_to_batch(
+        ROWS,
+        np.array([1, 0, FILLER]),
+        prompt_length=4,
+        completion_length=3,
+        reference_logprobs=np.array([[-1.0, -2.0], [-3.0, -4.0]]),
+    )
+    p = PAD
+    assert batch.prompt_tokens.tolist() == [[p] * 4, [p, 1, 2, 3], [p] * 4]
+    assert batch.prompt_mask.tolist() == [[False] * 4, [False, True, True, True], [False] * 4]
+    assert batch.completion_tokens.tolist() == [
+        [[8, 10, 12], [14, 16, p]],
+        [[4, 5, p], [6, p, p]],
+        [[p] * 3, [p] * 3],
+    ]
+    assert batch.completion_mask.tolist() == [
+        [[True] * 3, [True, True, False]],
+        [[True, False, False], [True, False, False]],
+        [[False] * 3] * 2,
+    ]
+    assert batch.row_ids.tolist() == [1, 0, -1]
+    assert batch.reference_logprobs.tolist() == [[-3, -4], [-1, -2], [0, 0]]
+    assert [batch.prompt_tokens.dtype, batch.completion_tokens.dtype] == [np.int32] * 2
+    assert batch.reference_logprobs.dtype == np.float32
+
+
+def test_errors():
+    def layout(indices, p=4, c=3, **more):
+        return rows_to_batch(ROWS, np.array(indices), prompt_length=p, completion_length=c, **more)
+
+    with pytest.raises(ValueError, match="row 0: a prompt of 3 tokens does not fit"):
+        layout([1, 0], p=2)
+    with pytest.raises(ValueError, match="row 1: a completion of 3 tokens does not fit"):
+        layout([1, 0], c=2)
+    with pytest.raises(IndexError, match=r"in \[-1, 2\)"):
+        layout([2])
+    with pytest.raises(ValueError, match=r"shape \(3, 2\), the rows need \(2, 2\)"):
+        layout([0], reference_logprobs=np.zeros((3, 2)))
+
+
+IDS = st.integers(0, 50)
+
+
+@st.composite
+def tables(draw):
+    n = draw(st.integers(1, 4))
+    branches = st.lists(st.lists(IDS, min_size=1, max_size=6), min_size=n, max_size=n)
+    rows = draw(st.lists(st.tuples(st.lists(IDS, max_size=5), branches), min_size=1, max_size=6))
+    return rows, draw(st.lists(st.integers(FILLER, len(rows) - 1), min_size=1, max_size=8))
+
+
+@settings(deadline=None)
+@given(tables(), st.integers(0, 3), st.integers(0, 3))
+def test_arrays_give_the_ids_back(table, more_p, more_c):
+    rows, indices = table
+    data = make_rows(rows)
+    longest = max(len(c) for _, branches in rows for c in branches)
+    batch = rows_to_batch(
+        data,
+        np.array(indices),
+        prompt_length=max(len(p) for p, _ in rows) + more_p,
+        completion_length=longest + more_c,
+    )
+    for b, i in enumerate(indices):
+        prompt, branches = rows[i] if i != FILLER else ([], [[]] * data.num_completions)
+        mask = batch.prompt_mask[b]
+        assert batch.prompt_tokens[b][mask].tolist() == prompt
+        # Right-aligned: no padding behind a token.
+        assert mask.tolist() == sorted(mask.tolist())
+        assert (batch.prompt_tokens[b][~mask] == PAD).all()
+        for k, completion in enumerate(branches):
+            tokens, scored = batch.completion_tokens[b, k], batch.completion_mask[b, k]
+            size = len(completion)
+            assert tokens[:size].tolist() == completion
+            assert (tokens[size:] == PAD).all()
+            assert scored.tolist() == [t % 2 == 0 for t in completion] + [False] * (
+                len(tokens) - size
+            )

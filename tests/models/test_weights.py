@@ -1,0 +1,203 @@
+"""Weights in and out: round trips, shards, devices, and every tensor that does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spo_jax.models import (
+    Execution,
+    WeightsError,
+    load_hf_config,
+    load_model,
+    load_params,
+    resolve_model_folder,
+    save_pretrained,
+)
+from spo_jax.models.tensor_files import read_header, read_index, write_file
+from tests.models.tiny_models import HF_CONFIGS, weights, write_folder
+
+
+@pytest.fixture(params=["llama_tied", "qwen3"])
+def folder(request, tmp_path):
+    return write_folder(tmp_path / "source", HF_CONFIGS[request.param])
+
+
+def assert_equal_trees(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def rewrite(folder, tensors):
+    shapes = {name: array.shape for name, array in tensors.items()}
+    write_file(folder / "model.safetensors", shapes, np.float32, tensors.values())
+
+
+def test_parameters_are_the_stored_tensors(folder):
+    model = load_model(folder)
+    params = load_params(folder, model)
+    stored = weights(load_hf_config(folder))
+    for layer in range(3):
+        expected = stored[f"model.layers.{layer}.self_attn.k_proj.weight"].T
+        np.testing.assert_array_equal(params["layers"]["attention"]["k"]["kernel"][layer], expected)
+    np.testing.assert_array_equal(params["embed"], stored["model.embed_tokens.weight"])
+    assert ("head" in params) == ("lm_head.weight" in stored)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_bit_equal_also_in_shards(dtype, folder, tmp_path):
+    write_folder(folder, load_hf_config(folder), dtype)
+    model = load_model(folder, Execution(param_dtype=dtype))
+    params = load_params(folder, model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    save_pretrained(tmp_path / "out", params, model, source=folder, max_shard_bytes=3000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert_equal_trees(params, load_params(tmp_path / "out", model))
+    original, written = read_index(folder), read_index(tmp_path / "out")
+    assert original.keys() == written.keys() == index["weight_map"].keys()
+    for name, tensor in original.items():
+        assert tensor.array().tobytes() == written[name].array().tobytes()
+
+
+def test_transformers_loads_the_export(folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    model = load_model(folder)
+    save_pretrained(
+        tmp_path / "out", load_params(folder, model), model, source=folder, dtype="bfloat16"
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    for name, array in weights(load_hf_config(folder)).items():
+        expected = torch.tensor(array).to(torch.bfloat16)
+        assert torch.equal(theirs.state_dict()[name], expected), name
+
+
+def test_pieces_land_on_eight_devices(folder):
+    model = load_model(folder)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
+
+    def rule(leaf):
+        axes = {1: (None,), 2: ("data", "model"), 3: (None, "data", "model")}[leaf.ndim]
+        fits = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    shardings = jax.tree.map(rule, model.abstract_params())
+    params = load_params(folder, model, shardings)
+    assert_equal_trees(params, load_params(folder, model))
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+    assert params["embed"].addressable_shards[0].data.shape == (10, 8)
+
+
+def test_export_gathers_from_devices_and_carries_files(folder, tmp_path):
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "optimizer.bin").write_text("not part of a model")
+    model = load_model(folder)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    layered = NamedSharding(mesh, PartitionSpec(None, "data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(
+        lambda leaf: layered if leaf.ndim == 3 and leaf.shape[1] % 4 == 0 else whole,
+        model.abstract_params(),
+    )
+    params = load_params(folder, model, shardings)
+    save_pretrained(tmp_path / "out", params, model, source=folder)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert_equal_trees(load_params(tmp_path / "out", model), load_params(folder, model))
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_pretrained(tmp_path / "out", params, model, source=folder)
+    save_pretrained(tmp_path / "out", params, model, source=folder, overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_interrupted_export_leaves_nothing(folder, tmp_path, monkeypatch):
+    model = load_model(folder)
+    params = load_params(folder, model)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path / "out", params, model, source=folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_all_tensors_that_do_not_fit_are_named_together(tmp_path):
+    folder = write_folder(tmp_path, HF_CONFIGS["llama_tied"])
+    tensors = weights(HF_CONFIGS["llama_tied"])
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    tensors["model.norm.weight"] = np.zeros(17, np.float32)
+    tensors["model.layers.3.surprise"] = np.zeros((2, 2), np.float32)
+    # These two are no mistake: a buffer old versions stored, and the tied head.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    rewrite(folder, tensors)
+    with pytest.raises(WeightsError) as error:
+        load_params(folder, load_model(folder))
+    message = str(error.value)
+    assert "3 tensors" in message
+    assert "missing model.layers.1.mlp.up_proj.weight: expected (24, 16)" in message
+    assert "unused model.layers.3.surprise: found (2, 2)" in message
+    assert "misshapen model.norm.weight: expected (16,), found (17,)" in message
+    assert "inv_freq" not in message
+    assert "lm_head" not in message
+
+
+def test_folders_that_hold_no_model_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* does not exist"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_model(tmp_path)
+    folder = write_folder(tmp_path / "model", HF_CONFIGS["llama_tied"])
+    model = load_model(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        load_params(folder, model)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        load_params(folder, model)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        load_params(folder, model)
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002\.safetensors"):
+        load_params(folder, model)
+
+
+def test_model_folder_is_found_or_explained(tmp_path):
+    assert resolve_model_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match="not a hub name"):
+        resolve_model_folder(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' does not exist.*hub"):
+        resolve_model_folder("nobody/nothing")
+
+
+def test_files_are_those_of_the_safetensors_package(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0, np.float32)}
+    write_file(
+        tmp_path / "ours", {k: v.shape for k, v in arrays.items()}, np.float32, arrays.values()
+    )
+    safetensors.save_file(arrays, tmp_path / "theirs")
+    read = safetensors.load_file(tmp_path / "ours")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        stored = read_header(tmp_path / "theirs")[name].array()
+        np.testing.assert_array_equal(stored, array)

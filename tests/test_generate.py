@@ -1,0 +1,147 @@
+"""Generation equals re-running the full forward, and ``transformers`` where it is installed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.generate import generate
+from spo_jax.models import load_model, load_params
+from tests.models.make_fixtures import transformers_model
+from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
+
+NEW = 9
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(name):
+        folder = write_folder(tmp_path, HF_CONFIGS[name])
+        model = load_model(folder)
+        return model, load_params(folder, model)
+
+    return load
+
+
+def prompts(lengths=(7, 3, 1), width=7):
+    tokens, mask = padded_tokens(0, list(lengths), width)
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def greedy(model, params, tokens, mask, eos_ids=(), **settings):
+    return np.asarray(
+        generate(
+            model,
+            params,
+            tokens,
+            mask,
+            max_new_tokens=NEW,
+            temperature=0.0,
+            eos_ids=eos_ids,
+            **settings,
+        )
+    )
+
+
+def step_by_step(model, params, tokens, mask):
+    """Greedy continuation that runs the whole sequence anew for every token."""
+    width = tokens.shape[1]
+    tokens = jnp.concatenate([tokens, jnp.zeros((len(tokens), NEW), jnp.int32)], axis=1)
+    mask = jnp.concatenate([mask, jnp.ones((len(mask), NEW), bool)], axis=1)
+    forward = jax.jit(model.hidden_plain)
+    for t in range(width, width + NEW):
+        logits = forward(params, tokens, mask)[:, t - 1] @ model.output_head(params)
+        tokens = tokens.at[:, t].set(jnp.argmax(logits, axis=-1))
+    return np.asarray(tokens[:, width:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_greedy_equals_the_full_forward_step_by_step(name, load):
+    model, params = load(name)
+    tokens, mask = prompts()
+    np.testing.assert_array_equal(
+        greedy(model, params, tokens, mask), step_by_step(model, params, tokens, mask)
+    )
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+def test_greedy_equals_transformers(name, load, tmp_path):
+    torch = pytest.importorskip("torch")
+    model, params = load(name)
+    tokens, mask = prompts()
+    expected = transformers_model(tmp_path).generate(
+        torch.tensor(np.asarray(tokens), dtype=torch.long),
+        attention_mask=torch.tensor(np.asarray(mask), dtype=torch.long),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    np.testing.assert_array_equal(
+        greedy(model, params, tokens, mask), expected[:, tokens.shape[1] :].numpy()
+    )
+
+
+def test_rows_end_with_any_eos_and_are_padded_after_it(load):
+    model, params = load("llama")
+    tokens, mask = prompts()
+    free = greedy(model, params, tokens, mask)
+    eos_ids = (int(free[0, 2]), int(free[1, 4]))
+    stopped = greedy(model, params, tokens, mask, eos_ids=eos_ids, pad_id=39)
+    for row, whole in zip(stopped, free, strict=True):
+        ends = np.flatnonzero(np.isin(whole, eos_ids))
+        length = ends[0] + 1 if len(ends) else NEW
+        np.testing.assert_array_equal(row[:length], whole[:length])
+        assert (row[length:] == 39).all()
+
+
+def test_a_sample_depends_on_its_key_and_not_on_its_batch(load):
+    model, params = load("llama")
+    tokens, mask = prompts((7, 3, 1, 5))
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+
+    def sample(rows, keys, temperature=1.0):
+        settings = {"max_new_tokens": NEW, "temperature": temperature, "eos_ids": ()}
+        out = generate(model, params, tokens[rows], mask[rows], keys=keys, **settings)
+        return np.asarray(out)
+
+    whole = sample(jnp.arange(4), keys)
+    others = jnp.array([2, 1, 1, 0])
+    np.testing.assert_array_equal(sample(others, keys[others]), whole[others])
+    same_prompt = sample(jnp.zeros(4, jnp.int32), keys)
+    assert len({tuple(row) for row in same_prompt}) > 1
+    cold = sample(jnp.arange(4), keys, temperature=1e-4)
+    np.testing.assert_array_equal(cold, greedy(model, params, tokens, mask))
+
+
+def test_samples_follow_the_model(load):
+    model, params = load("llama")
+    tokens, mask = prompts((3,), 3)
+    rows = 4000
+    drawn = generate(
+        model,
+        params,
+        jnp.repeat(tokens, rows, 0),
+        jnp.repeat(mask, rows, 0),
+        max_new_tokens=1,
+        temperature=2.0,
+        eos_ids=(),
+        keys=jax.random.split(jax.random.PRNGKey(1), rows),
+    )
+    frequency = np.bincount(np.asarray(drawn)[:, 0], minlength=40) / rows
+    logits = model.hidden_plain(params, tokens, mask)[0, -1] @ model.output_head(params)
+    probability = np.asarray(jax.nn.softmax(logits / 2.0))
+    assert np.abs(frequency - probability).max() < 5 * np.sqrt(0.25 / rows)
+
+
+def test_settings_that_make_no_sense_are_errors(load):
+    model, params = load("llama")
+    tokens, mask = prompts()
+    with pytest.raises(ValueError, match="pass keys"):
+        generate(model, params, tokens, mask, max_new_tokens=1, temperature=1.0, eos_ids=())
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        generate(model, params, tokens, mask, max_new_tokens=0, temperature=0.0, eos_ids=())
+    with pytest.raises(ValueError, match="temperature=-1"):
+        generate(model, params, tokens, mask, max_new_tokens=1, temperature=-1.0, eos_ids=())

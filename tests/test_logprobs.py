@@ -1,0 +1,112 @@
+"""Chunked log-probs against log_softmax, values and gradients; nothing as large as the logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs
+from spo_jax.types import CompletionBatch
+
+
+def inputs(batch=3, branches=2, length=7, width=8, vocabulary=11, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (batch, branches, length, width), dtype)
+    head = jax.random.normal(keys[1], (width, vocabulary), dtype)
+    tokens = jax.random.randint(keys[2], (batch, branches, length), 0, vocabulary)
+    return hidden, head, tokens
+
+
+def plain(hidden, head, tokens):
+    logits = jnp.einsum("bncd,dv->bncv", hidden, head).astype(jnp.float32)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 18, 24, 10_000])
+def test_equals_log_softmax_in_values_and_gradients(chunk_tokens):
+    hidden, head, tokens = inputs()
+    weights = jax.random.normal(jax.random.key(9), tokens.shape)
+
+    def loss(fn):
+        return lambda h, w: jnp.sum(weights * fn(h, w, tokens))
+
+    def chunked(h, w, t):
+        return token_logprobs(h, w, t, chunk_tokens=chunk_tokens)
+
+    np.testing.assert_allclose(
+        chunked(hidden, head, tokens), plain(hidden, head, tokens), rtol=1e-5, atol=1e-6
+    )
+    got, expected = (jax.grad(loss(f), (0, 1))(hidden, head) for f in (chunked, plain))
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives():
+    """Unrolled solvers differentiate a gradient."""
+    hidden, head, tokens = inputs()
+
+    def norm_of_gradient(fn):
+        def loss(w):
+            return jnp.sum(fn(hidden, w, tokens))
+
+        return lambda w: jnp.sum(jax.grad(loss)(w) ** 2)
+
+    chunked = jax.grad(norm_of_gradient(lambda *a: token_logprobs(*a, chunk_tokens=12)))(head)
+    np.testing.assert_allclose(
+        chunked, jax.grad(norm_of_gradient(plain))(head), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_float32_from_bfloat16():
+    hidden, head, tokens = inputs(dtype=jnp.bfloat16)
+    got = token_logprobs(hidden, head, tokens)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, plain(hidden, head, tokens), atol=0.05, rtol=0.05)
+
+
+def test_extreme_logits_are_finite():
+    hidden, head, tokens = inputs()
+    got, grads = jax.value_and_grad(lambda h: jnp.sum(token_logprobs(h, head * 1e4, tokens)))(
+        hidden
+    )
+    assert np.isfinite(got)
+    assert np.isfinite(grads).all()
+
+
+def test_no_buffer_holds_all_logits():
+    """Neither pass may hold ``[B, n, C, V]``; the compiled module's largest array tells."""
+    batch, branches, length, width, vocabulary = 2, 2, 64, 16, 997
+    hidden, head, tokens = inputs(batch, branches, length, width, vocabulary)
+
+    def loss(h, w):
+        return jnp.sum(token_logprobs(h, w, tokens, chunk_tokens=16))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head).compile().as_text()
+    from tests.hlo import largest_array_elements
+
+    assert largest_array_elements(text) < batch * branches * length * vocabulary / 4
+
+
+def batch_of(prompt_mask, completion_mask):
+    completion_mask = jnp.asarray(completion_mask, bool)
+    prompt_mask = jnp.asarray(prompt_mask, bool)
+    return CompletionBatch(
+        jnp.zeros(prompt_mask.shape, jnp.int32),
+        prompt_mask,
+        jnp.zeros(completion_mask.shape, jnp.int32),
+        completion_mask,
+        jnp.arange(len(prompt_mask)),
+    )
+
+
+def test_first_token_after_an_empty_prompt_is_not_scored():
+    batch = batch_of([[0, 0], [0, 1]], [[[1, 1, 0]], [[1, 1, 0]]])
+    np.testing.assert_array_equal(scored_mask(batch), [[[0, 1, 0]], [[1, 1, 0]]])
+
+
+def test_predictors_are_the_prompts_end_then_the_completion_itself():
+    prompt = jnp.arange(4.0).reshape(2, 2, 1)
+    completion = 10 + jnp.arange(12.0).reshape(2, 2, 3, 1)
+    got = predictor_states(prompt, completion)[..., 0]
+    np.testing.assert_array_equal(got[0], [[1, 10, 11], [1, 13, 14]])
+    np.testing.assert_array_equal(got[1], [[3, 16, 17], [3, 19, 20]])
