@@ -162,6 +162,7 @@ _COLUMNS = {
     "stage": "stage",
     "accuracy": "exact answers %",
     "unanswered": "no answer %",
+    "rewards/accuracies": "preferred %",
     "logprobs/accuracies": "chosen more likely %",
     "log_ratio/chosen": "chosen log-ratio",
     "log_ratio/rejected": "rejected log-ratio",
@@ -179,7 +180,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
         value = row.get(key)
         if value is None:
             return "-"
-        if key in ("accuracy", "unanswered", "logprobs/accuracies"):
+        if key.endswith(("accuracy", "unanswered", "accuracies")):
             return f"{100 * value:.1f}"
         return value if isinstance(value, str) else f"{value:+.3f}"
 

@@ -98,7 +98,9 @@ class OptimizerConfig:
     final_ratio: float = _key(0.0, "learning rate at the end, as a share of the peak")
     weight_decay: float = _key(0.0, "decoupled; never on norms and biases")
     max_grad_norm: float | None = _key(1.0, "global-norm clip; null: none")
-    options: dict[str, float] = _key({}, "further keywords of the optimizer (b1, b2, eps, ...)")
+    options: dict[str, bool | int | float] = _key(
+        {}, "further keywords of the optimizer (b1, b2, eps, ...)"
+    )
 
 
 @dataclass(frozen=True)

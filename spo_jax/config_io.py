@@ -32,8 +32,16 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """One command-line value, read as YAML (``5e-7``, ``true``, ``[64, 128]``, ``{name: dpo}``)."""
-    return yaml.load(text, _Loader)
+    """One command-line value, read as YAML (``5e-7``, ``true``, ``[64, 128]``, ``{name: dpo}``).
+
+    Raises:
+        ConfigError: text that is no YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text!r} is not valid YAML ({reason}): put it in quotes") from None
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -82,11 +90,13 @@ def _copy(tree: Any) -> Any:
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for depth, part in enumerate(path[:-1]):
-        node = tree.setdefault(part, {})
+        if tree.get(part) is None:  # a section's heading with nothing under it
+            tree[part] = {}
+        node = tree[part]
         if not isinstance(node, dict):
             raise ConfigError(f"{'.'.join(path[: depth + 1])} is a value, it has no keys inside")
         tree = node
-    tree[path[-1]] = value
+    tree[path[-1]] = _copy(value)
 
 
 def _build(kind: type, tree: Any, prefix: str) -> Any:
@@ -128,10 +138,10 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
                 return _coerce(value, option, key)
             except ConfigError:
                 continue
-        shown = [c for a in args for c in (typing.get_args(a) or (a.__name__,))]
-        near = nearest(str(value), [c for c in shown if isinstance(c, str)])
-        wanted = " | ".join(str(c).replace("NoneType", "null") for c in shown)
-        raise ConfigError(f"{key}={value!r}: expected {wanted}{near}")
+        shown = [name for option in args for name in _type_names(option)]
+        raise ConfigError(
+            f"{key}={value!r}: expected {' | '.join(shown)}{nearest(str(value), shown)}"
+        )
     if origin is Literal:
         if value in args:
             return value
@@ -142,7 +152,11 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return tuple(_coerce(item, args[0], key) for item in items)
     if origin is dict:
         if isinstance(value, Mapping):
-            return dict(value)
+            inside = args[1]
+            return {
+                k: v if inside is Any else _coerce(v, inside, f"{key}.{k}")
+                for k, v in value.items()
+            }
         raise ConfigError(f"{key}={value!r}: expected a mapping of keys to values")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -150,8 +164,19 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return str(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    expected = {"NoneType": "null"}.get(hint.__name__, hint.__name__)
+    expected = _type_names(hint)[0]
     raise ConfigError(f"{key}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _type_names(hint: Any) -> list[str]:
+    """An annotated type in the words of YAML; a ``Literal`` by its choices."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return [str(choice) for choice in args]
+    if origin is tuple:
+        return [f"list of {_type_names(args[0])[0]}"]
+    name = (origin or hint).__name__
+    return [{"NoneType": "null", "dict": "mapping"}.get(name, name)]
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -71,29 +71,29 @@ def _lion(schedule, weight_decay, options):
     return optax.lion(schedule, weight_decay=weight_decay, mask=decay_mask, **options)
 
 
+def _decayed(optimizer, schedule, weight_decay):
+    """``optimizer``, then ``- lr * weight_decay * params``, as AdamW has it inside."""
+    if not weight_decay:
+        return optimizer
+    rate = lambda count: -weight_decay * schedule(count)  # noqa: E731
+    return optax.chain(optimizer, optax.add_decayed_weights(rate, mask=decay_mask))
+
+
+# What optax itself offers differs: adafactor's decay is not scaled by the learning rate,
+# muon's Adam part has no mask, and sgd has none.
 def _adafactor(schedule, weight_decay, options):
-    return optax.adafactor(
-        schedule,
-        weight_decay_rate=weight_decay or None,
-        weight_decay_mask=decay_mask,
-        **options,
-    )
+    return _decayed(optax.adafactor(schedule, **options), schedule, weight_decay)
 
 
 def _muon(schedule, weight_decay, options):
-    return optax.contrib.muon(
-        schedule,
-        weight_decay=weight_decay,
-        adam_weight_decay=weight_decay,
-        weight_decay_mask=decay_mask,
-        muon_weight_dimension_numbers=_muon_dimensions,
-        **options,
+    optimizer = optax.contrib.muon(
+        schedule, muon_weight_dimension_numbers=_muon_dimensions, **options
     )
+    return _decayed(optimizer, schedule, weight_decay)
 
 
 def _sgd(schedule, weight_decay, options):
-    decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-    return optax.chain(decay, optax.sgd(schedule, **options))
+    return _decayed(optax.sgd(schedule, **options), schedule, weight_decay)
 
 
 _OPTIMIZERS = {

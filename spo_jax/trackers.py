@@ -60,7 +60,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
     temporary.replace(path)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, float | int]]:
     """The lines of ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

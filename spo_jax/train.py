@@ -409,7 +409,7 @@ def task_table(trainer: Trainer, results: dict[str, StageResult]) -> list[dict[s
         )
         right = [arithmetic.is_correct(p.prompt, t) for p, t in zip(test, texts, strict=True)]
         formed = [arithmetic.is_well_formed(t) for t in texts]
-        keys = ("log_ratio/chosen", "log_ratio/rejected", "rewards/margins", "logprobs/accuracies")
+        keys = ("log_ratio/chosen", "log_ratio/rejected", "rewards/margins", "rewards/accuracies")
         table.append(
             {
                 "stage": stage,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,26 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["sft"] = "no stage is sft"
         if config.objective.inner_data != "sft":
             unused["sft_data"] = "no stage is sft and objective.inner_data is not sft"
-        if not solver_uses(config.solver.name, "inner"):
+        if not _takes_steps(config, "inner"):
             unused["inner"] = f"no stage is sft, solver {config.solver.name} takes no inner steps"
     if not preference:
         for name in ("data", "loss", "objective", "solver", "outer", "train", "reference"):
             unused[name] = "no stage is preference"
     if BUILTIN_TASK not in (config.data.train, config.sft_data.train):
         unused["task"] = f"no data set is {BUILTIN_TASK}"
-    if preference and not solver_uses(config.solver.name, "outer"):
+    if preference and not _takes_steps(config, "outer"):
         unused["outer"] = f"solver {config.solver.name} takes no outer steps"
     return unused
+
+
+def _takes_steps(config: Config, level: str) -> bool:
+    """Whether a stage of the run takes steps of ``level``."""
+    solvers = {
+        "sft": "inner_only",
+        "preference": config.solver.name,
+        "baseline": "preference_only",
+    }
+    return any(solver_uses(solvers[stage], level) for stage in config.stages)
 
 
 def solver_uses(name: str, level: str) -> bool:
@@ -73,6 +84,8 @@ def loss_function(name: str):
         return LOSSES[name][0]
     if ":" in name:
         module, _, attribute = name.partition(":")
+        if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
+            sys.path.insert(0, str(Path.cwd()))
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
@@ -88,22 +101,22 @@ def loss_function(name: str):
 
 def choices() -> dict[str, dict[str, dict[str, Any]]]:
     """Options and defaults (None: required) of each loss and solver, read off their signatures."""
-
-    def options(fn):
-        found = hyperparameters(fn)
-        return {
-            k: None if v is inspect.Parameter.empty else v
-            for k, v in found.items()
-            if k not in ("outer", "inner")
-        }
-
     return {
-        "loss": {name: options(fn) for name, (fn, _) in LOSSES.items()},
-        "solver": {name: options(fn) for name, fn in SOLVERS.items()},
+        "loss": {name: _options(fn) for name, (fn, _) in LOSSES.items()},
+        "solver": {name: _options(fn) for name, fn in SOLVERS.items()},
     }
 
 
-def _check_options(section: str, chosen: Named, accepted: Mapping[str, Any]) -> None:
+def _options(fn: Callable[..., Any]) -> dict[str, Any]:
+    return {
+        k: None if v is inspect.Parameter.empty else v
+        for k, v in hyperparameters(fn).items()
+        if k not in ("outer", "inner")
+    }
+
+
+def _check_options(section: str, chosen: Named, fn: Callable[..., Any]) -> None:
+    accepted = _options(fn)
     for key in chosen.options:
         if key not in accepted:
             takes = ", ".join(accepted) or "no options"
@@ -116,11 +129,20 @@ def _check_options(section: str, chosen: Named, accepted: Mapping[str, Any]) -> 
         raise ConfigError(
             f"{section}: {chosen.name} needs {', '.join(f'{section}.{k}' for k in missing)}"
         )
+    parameters = inspect.signature(fn).parameters
     for key, value in chosen.options.items():
-        default = accepted[key]
-        numeric = isinstance(default, int | float) and not isinstance(default, bool)
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
+        kind = parameters[key].annotation
+        if kind is inspect.Parameter.empty:
+            kind = type(accepted[key])
+        kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+        if kind in ("float", "int") and not _is_number(value):
             raise ConfigError(f"{section}.{key}={value!r}: expected a number")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{section}.{key}={value!r}: expected true or false")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
@@ -135,19 +157,15 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
             f"solver.name={config.solver.name!r}: choose one of {', '.join(SOLVERS)}"
             f"{nearest(config.solver.name, list(SOLVERS))}"
         )
-    _check_options("solver", config.solver, choices()["solver"][config.solver.name])
-    fn = loss_function(config.loss.name)
-    accepted = {
-        k: None if v is inspect.Parameter.empty else v for k, v in hyperparameters(fn).items()
-    }
-    _check_options("loss", config.loss, accepted)
-    for section, reason in unused_sections(config).items():
-        if section in given:
-            raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
+    _check_options("solver", config.solver, SOLVERS[config.solver.name])
+    _check_options("loss", config.loss, loss_function(config.loss.name))
     if not config.stages:
         raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
     if len(set(config.stages)) != len(config.stages):
         raise ConfigError(f"stages={list(config.stages)}: a stage is named twice")
+    for section, reason in unused_sections(config).items():
+        if section in given:
+            raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
 
     penalty = config.solver.options.get("penalty", "linear")
     if config.solver.name == "penalty":
@@ -172,7 +190,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
             raise ConfigError(
                 "train.inner_batch_size would be ignored: objective.inner_data is chosen"
             )
-        if solver_uses(config.solver.name, "outer"):
+        if "outer" not in unused_sections(config):
             _validate_optimizer("outer", config.outer)
     if "sft" in stages:
         _validate_stage("sft", config.sft, "sft_data", config.sft_data)
@@ -188,6 +206,15 @@ def _validate_objective(config: Config, given: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"objective.regularizer={objective.regularizer} with regularizer_weight="
             f"{objective.regularizer_weight}: one without the other has no effect, set both"
+        )
+    if objective.inner_data == "sft" and config.solver.name == "preference_only":
+        raise ConfigError(
+            "objective.inner_data=sft would be ignored: solver preference_only has no inner level"
+        )
+    if reference.cache_dir and reference.mode != "precomputed":
+        raise ConfigError(
+            f"reference.cache_dir would be ignored: reference.mode is {reference.mode}, "
+            "nothing is computed ahead"
         )
     if reference.mode != "none":
         return
@@ -236,7 +263,8 @@ def _validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCo
             f"{loop_key}.eval_every needs held-out rows: set {data_key}.eval or eval_fraction"
         )
     positive = ["batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"]
-    positive += ["steps", "epochs", "eval_every", "save_every", "inner_batch_size"]
+    positive += ["steps", "epochs", "eval_every", "save_every"]
+    positive += ["inner_batch_size", "eval_batch_size"]
     for name in positive:
         value = getattr(loop, name)
         if value is not None and value <= 0:
@@ -258,7 +286,7 @@ def _validate_optimizer(key: str, optimizer: OptimizerConfig) -> None:
                 f"{key}.options.{name} would be ignored: {optimizer.name} takes "
                 f"{', '.join(accepted)}{nearest(name, accepted)}"
             )
-    if optimizer.learning_rate <= 0:
+    if not optimizer.learning_rate > 0:
         raise ConfigError(f"{key}.learning_rate={optimizer.learning_rate}: must be above 0")
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"{key}.warmup_ratio={optimizer.warmup_ratio}: expected 0 to 1")

@@ -215,6 +215,16 @@ def _dialogue(chat: ChatFormat, messages: Messages, first_scored: int = 0) -> SF
     return SFTRow(*split_dialogue(chat, messages, first_scored=first_scored))
 
 
+def _chosen_of(parse: Parse) -> Parse:
+    """SFT on a file of pairs: the chosen completion alone."""
+
+    def parse_chosen(row: Mapping[str, Any], chat: ChatFormat) -> SFTRow:
+        pair = parse(row, chat)
+        return SFTRow(pair.prompt, ((pair.chosen, True),))
+
+    return parse_chosen
+
+
 LAYOUTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], Parse]]] = {
     "preference": {
         "explicit": (("prompt", "chosen", "rejected"), _parse_explicit),
@@ -224,6 +234,12 @@ LAYOUTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], Parse]]] = {
     "sft": {
         "completion": (("prompt", "completion"), _parse_completion),
         "messages": (("messages",), _parse_messages),
+        "chosen": (("prompt", "chosen", "rejected"), _chosen_of(_parse_explicit)),
+        "sharegpt chosen": (
+            ("conversations", "chosen", "rejected"),
+            _chosen_of(_parse_sharegpt_pair),
+        ),
+        "implicit chosen": (("chosen", "rejected"), _chosen_of(_parse_implicit)),
         "sharegpt": (("conversations",), _parse_conversations),
         "question": (("question", "answer"), _parse_question),
         "text": (("text",), _parse_text),

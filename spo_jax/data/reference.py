@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -101,7 +102,7 @@ def load_or_precompute(
     if path.exists():
         try:
             return np.load(path, allow_pickle=False), True
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             print(f"{path} is damaged and is computed anew", file=sys.stderr)
     values = compute()
     if write:
@@ -111,6 +112,7 @@ def load_or_precompute(
             np.save(temporary, values)
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             print(f"reference log-probs are not kept in {path}: {error}", file=sys.stderr)
     return values, False

@@ -1,0 +1,241 @@
+"""What a batch contributes to the two levels: additive terms, in the words of METHOD section 3.
+
+All sums over a batch are normalised by numbers of rows and tokens of the *global*
+batch, which the masks tell before any forward pass. What a micro-batch or a device
+contributes therefore adds up, and neither accumulation nor the mesh changes a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs
+from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
+from spo_jax.types import (
+    CHOSEN,
+    REJECTED,
+    BilevelBatch,
+    CompletionBatch,
+    PairLogprobs,
+    Params,
+)
+
+Scalar = Float[Array, ""]
+LogprobsFn = Callable[[Params, CompletionBatch], Float[Array, "B n C"]]
+Wanted = tuple[bool, bool]
+"""Which of the outer and the inner level to compute."""
+
+
+class Denominators(NamedTuple):
+    """What sums are divided by: counts over the global batch (or a whole evaluation set)."""
+
+    rows: Scalar
+    chosen_tokens: Scalar
+    sft_tokens: Scalar
+
+
+class Terms(NamedTuple):
+    """Additive contributions of some rows: of ``F``, ``G``, the reference's ``G``, and metrics.
+
+    ``statistics`` is the loss's, every micro-batch bringing its share of the rows; ``()``
+    where the loss has none.
+    """
+
+    outer: Scalar
+    inner: Scalar
+    reference_inner: Scalar
+    metrics: dict[str, Scalar]
+    statistics: Any = ()
+
+
+def make_logprobs_fn(model: Any, *, chunk_tokens: int) -> LogprobsFn:
+    """Token log-probs ``[B, n, C]`` of a batch in the pair layout, for a ``models.Model``."""
+
+    def logprobs(params, batch):
+        prompt, completion = model.hidden(
+            params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens
+        )
+        states = predictor_states(prompt, completion)
+        head = model.output_head(params).astype(states.dtype)
+        return token_logprobs(states, head, batch.completion_tokens, chunk_tokens=chunk_tokens)
+
+    return logprobs
+
+
+def completion_logprobs(
+    logprobs: LogprobsFn, params: Params, batch: CompletionBatch
+) -> Float[Array, "B n"]:
+    """Summed log-probs of each completion's scored tokens, float32, in nats."""
+    return jnp.sum(jnp.where(scored_mask(batch), logprobs(params, batch), 0), axis=-1)
+
+
+def count(batch: BilevelBatch) -> Denominators:
+    """Rows and scored tokens of a batch, from its masks."""
+    rows = chosen = sft = jnp.zeros((), jnp.float32)
+    if batch.preference is not None:
+        rows = jnp.sum(batch.preference.row_ids >= 0, dtype=jnp.float32)
+        chosen = jnp.sum(scored_mask(batch.preference)[:, CHOSEN], dtype=jnp.float32)
+    if batch.sft is not None:
+        sft = jnp.sum(scored_mask(batch.sft), dtype=jnp.float32)
+    return Denominators(rows, chosen, sft)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A model, a loss and the choices of METHOD section 3, bound; see ``make_objective``."""
+
+    logprobs: LogprobsFn
+    loss: PreferenceLoss | None
+    inner_data: str
+    inner_value: str | float
+    regularizer: str | None
+    regularizer_weight: float
+    reference: str
+
+    @property
+    def paired_inner_value(self) -> bool:
+        """Whether the inner value is the reference's loss on the same batch."""
+        return self.inner_value == "reference" and self.reference != "none"
+
+    def terms(
+        self,
+        params: Params,
+        batch: BilevelBatch,
+        denominators: Denominators,
+        statistics: Any,
+        reference_params: Params | None,
+        wanted: Wanted,
+    ) -> Terms:
+        """Contributions of one (micro-)batch.
+
+        ``statistics`` are the loss's, or a function of this batch's moments that gives them.
+        """
+        wants_outer, wants_inner = wanted
+        own_inner = wants_inner and self.inner_data == "sft"
+        inner = None
+        if own_inner:
+            tokens = denominators.sft_tokens
+            inner = self._sft_terms(params, batch.sft, tokens, reference_params)
+        elif not wants_outer:
+            rows, tokens = _chosen_only(batch.preference), denominators.chosen_tokens
+            inner = self._sft_terms(params, rows, tokens, reference_params)
+        if not wants_outer:
+            return inner
+        pairs = self._pair_terms(
+            params, batch.preference, denominators, statistics, reference_params
+        )
+        if inner is None and self.inner_data == "sft":
+            zero = jnp.zeros((), jnp.float32)
+            return pairs._replace(inner=zero, reference_inner=zero)
+        if inner is None:
+            return pairs
+        return pairs._replace(inner=inner.inner, reference_inner=inner.reference_inner)
+
+    def moments(
+        self,
+        params: Params,
+        pairs: CompletionBatch,
+        denominators: Denominators,
+        reference_params: Params | None,
+    ) -> tuple[Scalar, Scalar]:
+        """Contributions to the global mean of AlphaDPO's ``M`` and of its square."""
+        policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
+        return _margin_moments(policy, frozen, valid, denominators)
+
+    def _reference_sums(self, batch: CompletionBatch, reference_params: Params | None):
+        if self.reference == "online":
+            sums = completion_logprobs(self.logprobs, reference_params, batch)
+            return jax.lax.stop_gradient(sums)
+        return batch.reference_logprobs if self.reference == "precomputed" else None
+
+    def _sft_terms(self, params, rows, tokens, reference_params) -> Terms:
+        sums = completion_logprobs(self.logprobs, params, rows)
+        value = zero = jnp.zeros((), jnp.float32)
+        if self.paired_inner_value:
+            frozen = self._reference_sums(rows, reference_params)
+            value = token_mean_nll(frozen.ravel(), tokens)
+        return Terms(zero, token_mean_nll(sums.ravel(), tokens), value, {})
+
+    def _pair_logprobs(self, params, pairs, reference_params):
+        mask = scored_mask(pairs)
+        sums = jnp.sum(jnp.where(mask, self.logprobs(params, pairs), 0), axis=-1)
+        lengths = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+        frozen = self._reference_sums(pairs, reference_params)
+        frozen = None if frozen is None else _pair(frozen, lengths)
+        return _pair(sums, lengths), frozen, (pairs.row_ids >= 0).astype(jnp.float32)
+
+    def _pair_terms(self, params, pairs, denominators, statistics, reference_params) -> Terms:
+        policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
+        if callable(statistics):
+            statistics = statistics(_margin_moments(policy, frozen, valid, denominators))
+        mean_length = denominators.chosen_tokens / jnp.maximum(denominators.rows, 1)
+        mean_length = jnp.maximum(mean_length, 1)
+        values = self.loss.loss(policy, frozen, statistics, mean_chosen_length=mean_length)
+
+        def mean(x):
+            return jnp.sum(valid * x) / jnp.maximum(denominators.rows, 1)
+
+        loss = outer = mean(values)
+        inner = token_mean_nll(valid * policy.chosen, denominators.chosen_tokens)
+        value = jnp.zeros((), jnp.float32)
+        if self.paired_inner_value:
+            value = token_mean_nll(valid * frozen.chosen, denominators.chosen_tokens)
+        metrics = {k: mean(x) for k, x in _pair_metrics(self.loss, policy, frozen).items()}
+        metrics["loss"] = loss
+        if self.regularizer == "nll":
+            outer = outer + self.regularizer_weight * inner
+        elif self.regularizer == "hinge":
+            metrics["regularizer"] = mean(chosen_hinge(policy, frozen))
+            outer = outer + self.regularizer_weight * metrics["regularizer"]
+        share = mean(jnp.ones_like(valid))
+        shares = jax.tree.map(lambda s: s * share, () if statistics is None else statistics)
+        return Terms(outer, inner, value, jax.lax.stop_gradient(metrics), shares)
+
+
+def _pair(sums: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PairLogprobs:
+    return PairLogprobs(
+        sums[:, CHOSEN], sums[:, REJECTED], lengths[:, CHOSEN], lengths[:, REJECTED]
+    )
+
+
+def _chosen_only(pairs: CompletionBatch) -> CompletionBatch:
+    """The pairs as SFT rows: where only the chosen count, the rejected need no forward pass."""
+    reference = pairs.reference_logprobs
+    return pairs._replace(
+        completion_tokens=pairs.completion_tokens[:, : CHOSEN + 1],
+        completion_mask=pairs.completion_mask[:, : CHOSEN + 1],
+        reference_logprobs=None if reference is None else reference[:, : CHOSEN + 1],
+    )
+
+
+def _margin_moments(policy, frozen, valid, denominators) -> tuple[Scalar, Scalar]:
+    margin = alphadpo_margin(policy, frozen)
+    rows = jnp.maximum(denominators.rows, 1)
+    return jnp.sum(valid * margin) / rows, jnp.sum(valid * margin**2) / rows
+
+
+def _pair_metrics(loss: PreferenceLoss, policy: PairLogprobs, frozen: PairLogprobs | None):
+    """Per-example values of what a preference trainer reports."""
+    chosen, rejected = loss.rewards(policy, frozen)
+    metrics = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "logprobs/chosen": policy.chosen,
+        "logprobs/rejected": policy.rejected,
+        "logprobs/accuracies": (policy.chosen > policy.rejected).astype(jnp.float32),
+    }
+    if frozen is not None:
+        metrics |= {
+            "log_ratio/chosen": policy.chosen - frozen.chosen,
+            "log_ratio/rejected": policy.rejected - frozen.rejected,
+        }
+        metrics["log_ratio/margin"] = metrics["log_ratio/chosen"] - metrics["log_ratio/rejected"]
+    return metrics

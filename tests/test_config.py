@@ -1,0 +1,426 @@
+"""A configuration: what is read, what wins, what is refused and in which words."""
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import yaml
+
+from spo_jax.config import Config, Named, describe
+from spo_jax.config_io import ConfigError, config_from_tree, parse_value, save_config
+from spo_jax.losses import LOSSES
+from spo_jax.solvers import SOLVERS
+from spo_jax.validation import checked_config, choices, load_config, unused_sections
+
+SMALL = {
+    "model": {"path": "policy"},
+    "data": {"train": "pairs.jsonl"},
+    "train": {"steps": 10},
+}
+"""The least that is a run."""
+
+
+def checked(**overrides):
+    return checked_config(SMALL, **overrides)
+
+
+def refused(tree=SMALL, /, **overrides):
+    """The message that refuses ``tree`` with ``overrides``; double underscores are dots."""
+    overrides = {k.replace("__", "."): v for k, v in overrides.items()}
+    with pytest.raises(ConfigError) as caught:
+        checked_config(tree, **overrides)
+    return str(caught.value)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-7", 5e-7),
+        ("-2E+3", -2000.0),
+        ("1.5e-1", 0.15),
+        (".5e1", 5.0),
+        ("3", 3),
+        ("true", True),
+        ("null", None),
+        ("e5", "e5"),
+        ("1e5b", "1e5b"),
+        ("[64, 1e2]", [64, 100.0]),
+        ("{name: dpo, beta: 1e-1}", {"name": "dpo", "beta": 0.1}),
+    ],
+)
+def test_values_are_yaml_with_plain_exponents(text, value):
+    found = parse_value(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_value_that_is_no_yaml_is_a_message():
+    with pytest.raises(ConfigError, match="put it in quotes"):
+        parse_value("{% for m in messages %}")
+
+
+def test_read_from_a_file_and_overridden(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        model: {path: policy}
+        data: {train: pairs.jsonl}
+        train: {steps: 10, batch_size: 4}
+        outer: {learning_rate: 5e-7}
+        loss: {name: simpo, beta: 2.5, gamma_beta_ratio: 0.4}
+        """,
+    )
+    config = load_config(path)
+    assert config.outer.learning_rate == 5e-7
+    assert config.loss == Named("simpo", {"beta": 2.5, "gamma_beta_ratio": 0.4})
+    assert (config.train.batch_size, config.seed) == (4, Config().seed)
+
+    overrides = {"outer.learning-rate": 1e-3, "train.batch-size": 6, "loss.beta": 3, "seed": 7}
+    config = load_config(path, overrides)
+    assert config.outer.learning_rate == 1e-3
+    assert config.loss.options == {"beta": 3, "gamma_beta_ratio": 0.4}
+    assert (config.train.batch_size, config.train.steps, config.seed) == (6, 10, 7)
+    # Nothing of it stays behind.
+    assert load_config(path).train.batch_size == 4
+
+
+def test_a_whole_section_replaces_the_files(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(SMALL | {"loss": {"name": "cpo", "beta": 1, "alpha": 1}}))
+    whole = parse_value("{name: ipo, tau: 0.1, length_normalized: true}")
+    config = load_config(path, {"loss": whole})
+    assert config.loss == Named("ipo", {"tau": 0.1, "length_normalized": True})
+    # A single key after it adjusts the replacement, and the caller's mapping stays as it is.
+    config = load_config(path, {"loss": whole, "loss.tau": 0.2})
+    assert config.loss.options["tau"] == 0.2
+    assert whole["tau"] == 0.1
+
+
+def test_an_override_fills_an_empty_section(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(SMALL) + "outer:\n")
+    assert load_config(path, {"outer.weight_decay": 0.5}).outer.weight_decay == 0.5
+
+
+def test_an_override_inside_a_value():
+    assert "seed is a value" in refused(SMALL | {"seed": 3}, seed__b=1)
+
+
+def test_options_without_a_name_adjust_the_default_choice():
+    assert checked(**{"loss.beta": 0.3}).loss == Named("dpo", {"beta": 0.3})
+    solver = checked(**{"solver.penalty_weight": 3.0}).solver
+    assert solver == Named("penalty", {"penalty_weight": 3.0})
+
+
+def test_sections_given_in_part_keep_their_own_defaults():
+    config = config_from_tree({"inner": {"weight_decay": 0.1}, "outer": {"weight_decay": 0.2}})
+    assert config.inner == dataclasses.replace(Config().inner, weight_decay=0.1)
+    assert config.inner.learning_rate == Config().inner.learning_rate == 2e-5
+    assert config.outer.learning_rate == Config().outer.learning_rate == 1e-6
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart\.yaml'"):
+        load_config(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(write(tmp_path, "a: [1"))
+    with pytest.raises(ConfigError, match="must be a mapping of keys, got a list"):
+        load_config(write(tmp_path, "- a"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"outher": {}}, ["unknown key outher", "did you mean 'outer'"]),
+        ({"outer.learning_rat": 1}, ["unknown key outer.learning_rat", "'learning_rate'"]),
+        ({"train": {"step": 3}}, ["unknown key train.step", "'steps'", "train takes steps"]),
+        ({"outer.learning_rate": "fast"}, ["outer.learning_rate='fast'", "expected float"]),
+        ({"train.steps": 1.5}, ["train.steps=1.5", "expected int | null"]),
+        ({"train.batch_size": True}, ["train.batch_size=True", "expected int"]),
+        ({"seed": "one"}, ["seed='one'", "expected int, got str"]),
+        ({"outer": 3}, ["outer is a section", "got 3"]),
+        ({"loss": "dpo"}, ["loss is a section", "got 'dpo'"]),
+        ({"model.init": 3}, ["model.init=3", "expected mapping | null"]),
+        ({"data.prompt_buckets": [8, "x"]}, ["data.prompt_buckets", "list of int | null"]),
+        ({"outer.schedule": "cosin"}, ["outer.schedule='cosin'", "did you mean 'cosine'"]),
+        ({"stages": ["sfd"]}, ["stages='sfd'", "sft | preference | baseline", "'sft'"]),
+        ({"objective.regularizer": "hing"}, ["nll | hinge | null", "did you mean 'hinge'"]),
+        (
+            {"objective.inner_value": "running_mn"},
+            ["objective.inner_value='running_mn'", "did you mean 'running_min'"],
+        ),
+    ],
+)
+def test_unknown_keys_and_wrong_types(overrides, parts):
+    message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
+    assert all(part in message for part in parts), message
+
+
+def test_values_are_read_as_their_type():
+    config = checked(
+        **{
+            "outer.learning_rate": 1,
+            "outer.max_grad_norm": None,
+            "stages": "preference",
+            "data.prompt_buckets": [8, 16],
+            "objective.inner_value": 2,
+            "output_dir": 12,
+        }
+    )
+    assert type(config.outer.learning_rate) is float
+    assert config.outer.max_grad_norm is None
+    assert config.stages == ("preference",)
+    assert config.data.prompt_buckets == (8, 16)
+    assert config.objective.inner_value == 2.0
+    assert config.output_dir == "12"
+
+
+SFT = {"model": {"path": "policy"}, "stages": ["sft"], "sft_data": {"train": "sft.jsonl"}}
+SFT = SFT | {"sft": {"steps": 10}}
+IGNORED = [
+    ({"loss.gamma_beta_ratio": 0.5}, ["loss.gamma_beta_ratio would be ignored", "dpo takes beta"]),
+    (
+        {"loss": {"name": "ipo", "tau": 0.1, "length_normalized": False, "label_smoothing": 0.1}},
+        ["loss.label_smoothing would be ignored", "ipo takes tau"],
+    ),
+    (
+        {"loss": {"name": "simpo", "beta": 2.0, "gamma_beta": 1.0}},
+        ["loss.gamma_beta would be ignored", "'gamma_beta_ratio'"],
+    ),
+    ({"solver.tolerance": 0.0}, ["solver.tolerance would be ignored", "squared_hinge"]),
+    (
+        {"solver": {"name": "penalty", "penalty": "linear", "tolerance": 0.1}},
+        ["solver.tolerance would be ignored"],
+    ),
+    (
+        {"solver": {"name": "preference_only", "penalty_weight": 1.0}},
+        ["solver.penalty_weight would be ignored", "preference_only takes no options"],
+    ),
+    ({"inner": {"learning_rate": 1e-5}}, ["inner would be ignored", "no stage is sft"]),
+    ({"sft": {"steps": 3}}, ["sft would be ignored"]),
+    ({"sft_data": {"train": "x"}}, ["sft_data would be ignored", "inner_data is not sft"]),
+    ({"task": {"digits": 2}}, ["task would be ignored", "builtin:arithmetic"]),
+    ({"train.inner_batch_size": 4}, ["train.inner_batch_size would be ignored"]),
+    ({"data.eval": "e", "data.eval_fraction": 0.1}, ["data.eval_fraction would be ignored"]),
+    ({"outer.schedule": "constant", "outer.final_ratio": 0.1}, ["outer.final_ratio would be"]),
+    ({"outer.options": {"momentum": 0.9}}, ["outer.options.momentum would be ignored", "adamw"]),
+    ({"reference.mode": "online", "reference.cache_dir": "c"}, ["cache_dir would be ignored"]),
+    (
+        {
+            "solver": {"name": "preference_only"},
+            "objective.inner_data": "sft",
+            "sft_data.train": "x",
+        },
+        ["objective.inner_data=sft would be ignored", "preference_only"],
+    ),
+    (
+        {
+            "reference": {"mode": "none", "path": "other"},
+            "loss": {"name": "cpo", "beta": 1, "alpha": 1},
+            "objective.inner_value": 0.0,
+        },
+        ["reference.path would be ignored"],
+    ),
+    (
+        {"solver": {"name": "inner_only"}, "outer": {"learning_rate": 1e-3}},
+        ["outer would be ignored", "inner_only takes no outer steps"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), IGNORED)
+def test_what_would_be_ignored_is_refused(overrides, parts):
+    message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("section", ["data", "loss", "objective", "solver", "outer", "train"])
+def test_an_sft_run_has_no_preference_sections(section):
+    assert f"{section} would be ignored: no stage is preference" in refused(SFT, **{section: {}})
+
+
+def test_sections_that_a_stage_uses_are_taken():
+    checked_config(SFT, inner={"learning_rate": 1e-5})
+    # The baseline takes outer steps whatever the solver beside it takes.
+    config = checked(
+        stages=["preference", "baseline"],
+        solver={"name": "inner_only"},
+        inner={"learning_rate": 1e-5},
+        outer={"learning_rate": 1e-3},
+    )
+    assert not {"inner", "outer"} & set(unused_sections(config))
+    with_sft = checked(**{"objective.inner_data": "sft", "sft_data.train": "x"})
+    assert "sft_data" not in unused_sections(with_sft)
+    checked(**{"data.train": "builtin:arithmetic", "task.digits": 2})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"loss": {"name": "dpo"}}, ["dpo needs loss.beta"]),
+        (
+            {"loss": {"name": "alphadpo", "beta": 1}},
+            ["alphadpo needs loss.gamma_beta_ratio, loss.alpha"],
+        ),
+        ({"loss.name": "simp", "loss.beta": 1}, ["loss.name='simp'", "did you mean 'simpo'"]),
+        ({"loss.beta": "big"}, ["loss.beta='big'", "expected a number"]),
+        ({"loss.beta": True}, ["loss.beta=True", "expected a number"]),
+        (
+            {"loss": {"name": "ipo", "tau": 0.1, "length_normalized": 1}},
+            ["loss.length_normalized=1", "expected true or false"],
+        ),
+        ({"solver.name": "penalti"}, ["solver.name='penalti'", "did you mean 'penalty'"]),
+        ({"solver.penalty": "hing"}, ["solver.penalty='hing'", "did you mean 'hinge'"]),
+        ({"solver.penalty_weight": "x"}, ["solver.penalty_weight='x'", "expected a number"]),
+        ({"train.steps": None}, ["train.steps or train.epochs, exactly one"]),
+        ({"train.epochs": 1}, ["train.steps or train.epochs, exactly one"]),
+        ({"model.path": None}, ["model.path", "model.init", "exactly one"]),
+        ({"model.init": {"model_type": "llama"}}, ["exactly one"]),
+        (
+            {"model": {"init": {"model_type": "llama"}}},
+            ["set model.tokenizer"],
+        ),
+        ({"data.train": None}, ["data.train is not set"]),
+        ({"data.train": "builtin:maths"}, ["built-in data is builtin:arithmetic"]),
+        ({"data.eval_fraction": 1.0}, ["data.eval_fraction=1.0"]),
+        ({"objective.regularizer": "nll"}, ["regularizer_weight=0.0", "set both"]),
+        ({"objective.regularizer_weight": 0.1}, ["regularizer=None", "set both"]),
+        ({"objective.inner_data": "sft"}, ["needs sft_data.train"]),
+        (
+            {"reference.mode": "none", "objective.inner_value": 0.0},
+            ["loss dpo needs the reference"],
+        ),
+        (
+            {"reference.mode": "none", "loss": {"name": "cpo", "beta": 1, "alpha": 1}},
+            ["objective.inner_value: reference needs the reference"],
+        ),
+        (
+            {
+                "reference.mode": "none",
+                "loss": {"name": "cpo", "beta": 1, "alpha": 1},
+                "objective": {"inner_value": 0, "regularizer": "hinge", "regularizer_weight": 1},
+            },
+            ["objective.regularizer: hinge needs the reference"],
+        ),
+        ({"train.eval_every": 5}, ["train.eval_every needs held-out rows", "data.eval"]),
+        (
+            {"train.batch_size": 6, "train.gradient_accumulation": 4},
+            ["train.batch_size=6 does not divide into gradient_accumulation=4"],
+        ),
+        ({"train.batch_size": 0}, ["train.batch_size=0", "positive"]),
+        ({"train.eval_batch_size": -1}, ["train.eval_batch_size=-1", "positive"]),
+        ({"outer.learning_rate": 0}, ["outer.learning_rate=0.0: must be above 0"]),
+        ({"outer.learning_rate": float("nan")}, ["outer.learning_rate=nan"]),
+        ({"outer.warmup_ratio": 2}, ["outer.warmup_ratio=2.0: expected 0 to 1"]),
+        ({"outer.options": {"b1": "x"}}, ["outer.options.b1='x'", "expected bool | int | float"]),
+        ({"stages": []}, ["stages is empty"]),
+        ({"stages": ["preference", "preference"]}, ["a stage is named twice"]),
+    ],
+)
+def test_what_cannot_run_is_refused(overrides, parts):
+    message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
+    assert all(part in message for part in parts), message
+
+
+def test_an_sft_stage_is_checked_too():
+    assert "set sft.steps or sft.epochs" in refused(SFT, sft__epochs=1.0)
+    assert "sft_data.train is not set" in refused(SFT, sft_data__train=None)
+    assert "sft.inner_batch_size would be ignored" in refused(SFT, sft__inner_batch_size=2)
+    assert "inner.learning_rate=0.0" in refused(SFT, inner__learning_rate=0)
+
+
+def test_held_out_rows_allow_evaluation():
+    for given in (
+        {"data.eval": "e"},
+        {"data.eval_fraction": 0.1},
+        {"data.train": "builtin:arithmetic"},
+    ):
+        assert checked(**given, **{"train.eval_every": 5}).train.eval_every == 5
+
+
+def own_loss(policy, reference, *, strength: float, sharp: bool = False):
+    return policy.chosen - strength * reference.chosen
+
+
+def test_a_loss_of_ones_own(monkeypatch):
+    module = types.ModuleType("my_losses")
+    module.own_loss = own_loss
+    monkeypatch.setitem(sys.modules, "my_losses", module)
+    loss = {"name": "my_losses:own_loss", "strength": 1.0}
+    assert checked(loss=loss).loss.name == "my_losses:own_loss"
+    assert "needs loss.strength" in refused(loss={"name": loss["name"]})
+    assert "loss.strengt would be ignored" in refused(loss={**loss, "strengt": 1})
+    assert "expected a number" in refused(loss={**loss, "strength": "x"})
+    assert "expected true or false" in refused(loss={**loss, "sharp": 1})
+    no_reference = {"reference__mode": "none", "objective__inner_value": 0.0}
+    assert "loss my_losses:own_loss needs the reference" in refused(loss=loss, **no_reference)
+    assert "no attribute 'other'" in refused(loss={"name": "my_losses:other"})
+    assert "importable from" in refused(loss={"name": "no_such_module:loss"})
+
+
+SAVED = {
+    "small": SMALL,
+    "sft": SFT,
+    "overridden": {
+        **SMALL,
+        "outer": {"learning_rate": 5e-7, "options": {"b1": 0.9}, "max_grad_norm": None},
+        "loss": {"name": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.55},
+        "solver": {"name": "penalty", "penalty": "hinge", "tolerance": -0.05},
+        "objective": {"inner_value": 1.5, "regularizer": "nll", "regularizer_weight": 1e-3},
+        "data": {"train": "a.jsonl", "eval_fraction": 0.1, "prompt_buckets": [32, 64]},
+    },
+    "three stages from random weights": {
+        "stages": ["sft", "preference", "baseline"],
+        "model": {"init": {"model_type": "llama", "rope_theta": 1e4}, "tokenizer": "builtin:x"},
+        "data": {"train": "builtin:arithmetic"},
+        "sft_data": {"train": "builtin:arithmetic"},
+        "task": {"digits": 2},
+        "inner": {"weight_decay": 0.1},
+        "sft": {"epochs": 1.5},
+        "train": {"steps": 3, "eval_every": 1, "save_every": 2},
+    },
+    "sft rows inside": {
+        **SMALL,
+        "objective": {"inner_data": "sft", "inner_value": "running_min"},
+        "sft_data": {"train": "sft.jsonl"},
+        "train": {"epochs": 1, "batch_size": 8, "inner_batch_size": 4, "gradient_accumulation": 4},
+        "reference": {"mode": "online", "path": "other"},
+        "mesh": {"data": 2, "fsdp": -1},
+    },
+    "inner only": {**SMALL, "solver": {"name": "inner_only"}, "inner": {"name": "lion"}},
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_configuration_loads_as_itself(tmp_path, name):
+    config = checked_config(SAVED[name])
+    path = tmp_path / "config.yaml"
+    save_config(config, path, without=unused_sections(config), header="spo-jax\nsecond line")
+    assert path.read_text().startswith("# spo-jax\n# second line\n")
+    assert load_config(path) == config
+
+
+def test_help_names_every_key_with_its_default():
+    text = describe(choices())
+    for item in dataclasses.fields(Config):
+        section = getattr(Config(), item.name)
+        if isinstance(section, Named):
+            assert f"--{item.name}.name" in text
+        elif dataclasses.is_dataclass(section):
+            for entry in dataclasses.fields(section):
+                key = f"--{item.name}.{entry.name.replace('_', '-')} "
+                assert text.count(key) == 1, key
+        else:
+            assert f"--{item.name} " in text
+    inner = next(line for line in text.splitlines() if "--inner.learning-rate" in line)
+    assert inner.endswith("[2e-05]")
+    for name in (*LOSSES, *SOLVERS):
+        assert f"      {name}: " in text
+    assert "simpo: beta, gamma_beta_ratio, label_smoothing [0.0]" in text
+    assert "preference_only: no options" in text

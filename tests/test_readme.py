@@ -1,0 +1,54 @@
+"""README's Python runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from spo_jax.models import init_model, save_pretrained
+from spo_jax.validation import loss_function
+from tests.losses.test_preference import POLICY, REFERENCE
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def test_examples_are_short():
+    assert len(BLOCKS) == 2
+    assert all(len(block.splitlines()) < 30 for block in BLOCKS)
+
+
+@pytest.mark.slow
+def test_training_loop(tmp_path):
+    model = init_model(ARCHITECTURE)
+    folder = tmp_path / "model"
+    save_pretrained(folder, model.init(jax.random.key(0)), model, source=ARCHITECTURE)
+    names = {}
+    exec(BLOCKS[0].replace('"MODEL"', repr(str(folder))), names)
+    assert names["metrics"]["rewards/margins"] > 0
+    assert names["metrics"]["gap"] < 0
+
+
+def test_loss_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(BLOCKS[1])
+    monkeypatch.chdir(tmp_path)
+    loss = loss_function("my_losses:robust_dpo_loss")
+    plain = loss(POLICY, REFERENCE, beta=0.5, flip=0.0)
+    assert float(plain[0]) == pytest.approx(float(jax.nn.softplus(-0.5)), rel=1e-6)
