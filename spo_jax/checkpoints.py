@@ -116,9 +116,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is none, or it has another structure.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"no checkpoint in {self.folder}: there is nothing to resume")
+        step = self._existing(step)
         like = _abstract(like)
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -130,24 +128,43 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=arguments)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self.folder} does not fit this configuration (another "
-                f"model, optimizer or solver?): {str(error).splitlines()[0]}"
-            ) from error
+            raise self._misfit(step, error) from error
         return found.state, found.data, found.run
 
+    def _existing(self, step: int | None) -> int:
+        """``step``, or the newest; an error where there is none."""
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"no checkpoint in {self.folder}: there is nothing to resume")
+        if step is not None and step not in steps:
+            raise CheckpointError(
+                f"no checkpoint {step} in {self.folder}: there are {', '.join(map(str, steps))}"
+            )
+        return steps[-1] if step is None else step
+
+    def _misfit(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {step} in {self.folder} does not fit this configuration (another "
+            f"model, optimizer or solver?): {str(error).splitlines()[0]}"
+        )
+
     def restore_params(self, like: Params, step: int | None = None) -> Params:
-        """Only the policy's parameters of a step, without its optimizer states."""
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"no checkpoint in {self.folder}")
+        """Only the policy's parameters of a step, without its optimizer states.
+
+        Raises:
+            CheckpointError: as ``restore``.
+        """
+        step = self._existing(step)
         part = {"solver": {"params": _abstract(like)}}
         arguments = ocp.args.PyTreeRestore(
             part,
             restore_args=ocp.checkpoint_utils.construct_restore_args(part),
             partial_restore=True,
         )
-        found = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._misfit(step, error) from error
         return found.state["solver"]["params"]
 
     def close(self) -> None:

@@ -201,3 +201,17 @@ def save_config(
     tree = {k: v for k, v in config_to_dict(config).items() if k not in without}
     text = "".join(f"# {line}\n" for line in header.splitlines())
     path.write_text(text + yaml.safe_dump(tree, sort_keys=False))
+
+
+def changed_keys(config: Config, saved: dict[str, Any]) -> list[str]:
+    """Keys whose values differ from those a run was saved with, as ``a.b: old -> new``."""
+
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    now, before = dict(flat(config_to_dict(config))), dict(flat(saved))
+    return [f"{k}: {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]

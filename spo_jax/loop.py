@@ -162,10 +162,21 @@ def run_loop(
 
     def try_to_save() -> None:
         # Dying here would lose the steps since the last checkpoint: train on and try again.
-        try:
+        # The save before is still written in the background: its failure is not this one's.
+        for attempt in (checkpoints.wait, save):
+            try:
+                attempt()
+            except CheckpointError as error:
+                progress.say(f"WARNING {error}. Training goes on; the next save tries again")
+
+    def save_last() -> None:
+        if checkpoints.latest_step() != done:
+            try:
+                checkpoints.wait()
+            except CheckpointError as error:
+                progress.say(f"WARNING {error}. Step {done} is saved now")
             save()
-        except CheckpointError as error:
-            progress.say(f"WARNING {error}. Training goes on; the next save tries again")
+        checkpoints.wait()
 
     def look(step: int) -> None:
         if evaluate is not None:
@@ -196,8 +207,7 @@ def run_loop(
                     try_to_save()
                     throughput.pause()
             report()
-            save()
-            checkpoints.wait()
+            save_last()
         finally:
             progress.close()
         if received and done < steps:

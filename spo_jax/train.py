@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from spo_jax import __version__
@@ -19,7 +18,7 @@ from spo_jax.checkpoints import (
     save_reference,
 )
 from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named, OptimizerConfig
-from spo_jax.config_io import config_to_dict, read_tree, save_config
+from spo_jax.config_io import changed_keys, read_tree, save_config
 from spo_jax.data import eval_batches, make_train_iterator
 from spo_jax.evaluate import complete, make_evaluate
 from spo_jax.loop import Batches, run_loop
@@ -39,48 +38,17 @@ from spo_jax.prepare import (
     say,
     task_problems,
 )
-from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, tree_shardings
+from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch
 from spo_jax.solvers import SOLVERS, Solver
+from spo_jax.step import init_state, make_train_step, shard_state
 from spo_jax.tasks import arithmetic
 from spo_jax.trackers import MetricsWriter, Progress
-from spo_jax.types import Params, TrainState
+from spo_jax.types import Params
 from spo_jax.validation import loss_function, solver_uses, unused_sections
 
 
 class RunExists(FileExistsError):
     """The run folder holds a run already, and nobody said to go on with it."""
-
-
-def make_train_step(
-    objective: Objective, solver: Solver, *, schedule: optax.Schedule, tolerance: float = 0.0
-):
-    """``(state, batch, reference_params) -> (state, metrics)``, pure; jit and donate it.
-
-    Adds ``lr`` and ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats
-    per token) to the metrics of objective and solver.
-    """
-
-    def step(state: TrainState, batch: Any, reference_params: Params | None = None):
-        levels = objective.levels(state.objective, reference_params)
-        solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
-        metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
-        if "gap" in metrics:
-            metrics["inside_safe_region"] = metrics["gap"] <= tolerance
-        key = jax.random.fold_in(state.key, state.step)
-        return TrainState(state.step + 1, solver_state, objective_state, key), metrics
-
-    return step
-
-
-def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
-    """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)
-
-
-def shard_state(init: Any, mesh: Any, *arguments: Any) -> tuple[TrainState, Any]:
-    """Run ``init`` with every leaf of the state made where it will live; state and shardings."""
-    shardings = tree_shardings(jax.eval_shape(init, *arguments), mesh)
-    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
 
 
 def make_chain(config: OptimizerConfig, steps: int):
@@ -421,17 +389,3 @@ def task_table(trainer: Trainer, results: dict[str, StageResult]) -> list[dict[s
         )
     (trainer.root / "results.json").write_text(json.dumps(table, indent=2) + "\n")
     return table
-
-
-def changed_keys(config: Config, saved: dict[str, Any]) -> list[str]:
-    """Keys whose values differ from those a run was saved with, as ``a.b: old -> new``."""
-
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    now, before = dict(flat(config_to_dict(config))), dict(flat(saved))
-    return [f"{k}: {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]

@@ -136,7 +136,7 @@ def test_weight_zero_is_preference_only_bit_for_bit():
 
 
 def test_linear_penalty_on_the_chosen_is_rpo():
-    """``DPO + lambda NLL`` (arXiv 2404.19733 writes it so), written out here by hand."""
+    """``DPO + lambda NLL`` (RPO, arXiv 2405.16436), written out here by hand."""
     batch = BilevelBatch(random_batch())
 
     def rpo(params):

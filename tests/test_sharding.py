@@ -22,7 +22,7 @@ from spo_jax.sharding import (
     tree_shardings,
 )
 from spo_jax.solvers import make_penalty
-from spo_jax.train import init_state, make_train_step, shard_state
+from spo_jax.step import init_state, make_train_step, shard_state
 from spo_jax.types import BilevelBatch
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 

@@ -34,6 +34,7 @@ def _get(row: Mapping[str, Any], name: str) -> Any:
 
 
 def not_blank(text: str, name: str) -> str:
+    """``text``, or ``BadRow`` where it is nothing but white space."""
     if not text.strip():
         raise BadRow(f"empty {name}")
     return text

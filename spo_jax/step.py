@@ -1,0 +1,46 @@
+"""The update as one pure function of the train state, and that state on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spo_jax.objectives import Objective
+from spo_jax.sharding import tree_shardings
+from spo_jax.solvers import Solver
+from spo_jax.types import Params, TrainState
+
+
+def make_train_step(
+    objective: Objective, solver: Solver, *, schedule: optax.Schedule, tolerance: float = 0.0
+):
+    """``(state, batch, reference_params) -> (state, metrics)``, pure; jit and donate it.
+
+    Adds ``lr`` and ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats
+    per token) to the metrics of objective and solver.
+    """
+
+    def step(state: TrainState, batch: Any, reference_params: Params | None = None):
+        levels = objective.levels(state.objective, reference_params)
+        solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
+        metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
+        if "gap" in metrics:
+            metrics["inside_safe_region"] = metrics["gap"] <= tolerance
+        key = jax.random.fold_in(state.key, state.step)
+        return TrainState(state.step + 1, solver_state, objective_state, key), metrics
+
+    return step
+
+
+def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)
+
+
+def shard_state(init: Any, mesh: Any, *arguments: Any) -> tuple[TrainState, Any]:
+    """Run ``init`` with every leaf of the state made where it will live; state and shardings."""
+    shardings = tree_shardings(jax.eval_shape(init, *arguments), mesh)
+    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
