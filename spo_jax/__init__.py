@@ -1,7 +1,51 @@
 """Stable Preference Optimization: bilevel preference alignment of language models in JAX.
 
-Losses (``spo_jax.losses``), bilevel solvers (``spo_jax.solvers``), the pair layout and its
-log-probs, and the training step that binds them. Source: arXiv 2507.07723.
+Losses, bilevel solvers, the pair layout with its log-probs, and the training step that binds
+them. Source: arXiv 2507.07723. Names below are imported when first used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "spo_jax.types": (
+        "BilevelBatch CompletionBatch PairLogprobs PreferenceBatch PreferenceRow SFTBatch SFTRow "
+        "TrainState"
+    ),
+    "spo_jax.losses": (
+        "LOSSES make_preference_loss dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "
+        "alphadpo_loss ipo_loss slic_loss token_mean_nll chosen_hinge"
+    ),
+    "spo_jax.solvers": (
+        "SOLVERS Levels Solver SolverState make_levels make_penalty make_preference_only "
+        "make_inner_only"
+    ),
+    "spo_jax.logprobs": "token_logprobs predictor_states scored_mask",
+    "spo_jax.objectives": "make_objective make_logprobs_fn completion_logprobs Objective",
+    "spo_jax.step": "make_train_step init_state shard_state",
+    "spo_jax.models": "Model Execution load_model load_params init_model save_pretrained",
+    "spo_jax.generate": "generate",
+    "spo_jax.sharding": "make_mesh tree_shardings place_batch",
+    "spo_jax.optimizers": "make_optimizer make_schedule",
+    "spo_jax.config": "Config",
+    "spo_jax.validation": "load_config",
+    "spo_jax.train": "Trainer",
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = [*sorted(_MODULE_OF), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # The losses must not cost the import of transformers and datasets.
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'spo_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

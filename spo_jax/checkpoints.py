@@ -165,7 +165,16 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         except (ValueError, KeyError, TypeError) as error:
             raise self._misfit(step, error) from error
-        return found.state["solver"]["params"]
+        params = found.state["solver"]["params"]
+        # A partial restore hands parameters that are not in the file back as they were asked for.
+        missing = [
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if not isinstance(leaf, jax.Array)
+        ]
+        if missing:
+            raise self._misfit(step, KeyError(f"it has no {', '.join(missing)}"))
+        return params
 
     def close(self) -> None:
         """Wait for the last save and let go of the folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 BUILTIN_TASK = "builtin:arithmetic"
 """What ``data.train``, ``sft_data.train`` and ``model.tokenizer`` say to use the built-in task."""
@@ -39,7 +39,9 @@ class ModelConfig:
     tokenizer: str | None = _key(None, "tokenizer folder or hub name, when not that of path")
     param_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "stored weights")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "matrix products")
-    remat: str = _key("none", "what the backward pass recomputes: none | dots | full | ...")
+    remat: str = _key(
+        "none", "what the backward pass recomputes: none | full | dots | dots_no_batch"
+    )
     attention: Literal["auto", "xla", "cudnn"] = _key("auto", "attention kernel")
     logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once")
 
@@ -50,6 +52,7 @@ class DataConfig:
 
     train: str | None = _key(None, "file, folder, hub name, or builtin:arithmetic")
     eval: str | None = _key(None, "held-out rows, same forms")
+    subset: str | None = _key(None, "configuration of a hub data set (gsm8k: main)")
     train_split: str = _key("train", "split of a hub data set")
     eval_split: str = _key("test", "split of a hub data set")
     eval_fraction: float = _key(0.0, "without eval: share of the prompts of train held out")
@@ -110,13 +113,19 @@ class LoopConfig:
     steps: int | None = _key(None, "updates; this or epochs")
     epochs: float | None = _key(None, "passes over the data; this or steps")
     batch_size: int = _key(8, "rows per update, over all devices")
-    inner_batch_size: int | None = _key(None, "rows of sft_data per update (default: batch_size)")
     gradient_accumulation: int = _key(1, "micro-batches an update is computed in")
     log_every: int = _key(1, "updates between lines of metrics.jsonl")
     eval_every: int | None = _key(None, "updates between held-out evaluations (also at the end)")
     eval_batch_size: int | None = _key(None, "rows (default: batch_size)")
     save_every: int | None = _key(None, "updates between checkpoints (also at the end)")
     keep_checkpoints: int = _key(2, "newest checkpoints kept")
+
+
+@dataclass(frozen=True)
+class PreferenceLoopConfig(LoopConfig):
+    """Length and rhythm of the preference stage."""
+
+    inner_batch_size: int | None = _key(None, "rows of sft_data per update (default: batch_size)")
     alarm_log_ratio: float = _key(
         -2.0, "chosen log-ratio (nats) below which a growing margin raises the displacement alarm"
     )
@@ -150,7 +159,8 @@ class Config:
     output_dir: str = _key("runs/run", "folder of the run")
     seed: int = _key(0, "of initialization, data order and sampling")
     stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
-        ("preference",), "in order; baseline repeats preference with solver preference_only"
+        ("preference",),
+        "sft, preference, baseline (preference again, solver preference_only), in this order",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -161,7 +171,7 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     outer: OptimizerConfig = field(default_factory=OptimizerConfig)
     inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
-    train: LoopConfig = field(default_factory=LoopConfig)
+    train: PreferenceLoopConfig = field(default_factory=PreferenceLoopConfig)
     sft: LoopConfig = field(default_factory=LoopConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -183,7 +193,11 @@ def describe(choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Every key with its default, as text; ``choices`` are the options of the named sections."""
     lines = []
 
-    def line(key, default, text):
+    def line(key, default, text, hint=None):
+        literal = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
+        if literal is not None and "|" not in text:
+            text = f"{text}: {' | '.join(map(str, get_args(literal)))}"
+        default = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         shown = "" if default is None else f" [{default}]"
         lines.append(f"  --{key:<34}{text}{shown}")
 
@@ -203,10 +217,12 @@ def describe(choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 shown = ", ".join(k if v is None else f"{k} [{v}]" for k, v in options.items())
                 lines.append(f"      {name}: {shown or 'no options'}")
             continue
+        hints = get_type_hints(type(section))
         for entry in fields(section):
             line(
                 f"{item.name}.{entry.name.replace('_', '-')}",
                 getattr(section, entry.name),
                 entry.metadata["help"],
+                hints[entry.name],
             )
     return "\n".join(lines)

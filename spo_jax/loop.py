@@ -122,6 +122,7 @@ def run_loop(
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     progress: Progress,
+    alarm: DisplacementAlarm | None = None,
 ) -> TrainState:
     """Go on from ``state.step`` to ``steps`` updates; saves at the end and when stopped.
 
@@ -133,7 +134,6 @@ def run_loop(
         CheckpointError: the last checkpoint could not be written. One that fails on the way
             is a warning, and the next one tries again.
     """
-    alarm = DisplacementAlarm(loop.alarm_log_ratio)
     throughput = Throughput()
     shapes: set[Any] = set()
     done = int(state.step)
@@ -153,7 +153,7 @@ def run_loop(
         if step % loop.log_every == 0 or step == steps:
             writer.write(step, metrics)
         progress.update(step, metrics, speed)
-        warning = alarm.update(step, metrics)
+        warning = alarm.update(step, metrics) if alarm is not None else None
         if warning:
             progress.say(warning)
 

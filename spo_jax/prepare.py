@@ -163,7 +163,7 @@ class Rows(NamedTuple):
 def read_rows(data: DataConfig, kind: str, tokenizer: Any, *, name: str) -> TextRows:
     """The rows of ``data.train`` as text, bad ones reported (or an error)."""
     rows, report = format_rows(
-        load_records(data.train, split=data.train_split),
+        load_records(data.train, split=data.train_split, subset=data.subset),
         make_chat_format(tokenizer, template=data.chat_template),
         kind=kind,
         on_bad_row=data.on_bad_row,

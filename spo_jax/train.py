@@ -42,7 +42,7 @@ from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_ba
 from spo_jax.solvers import SOLVERS, Solver
 from spo_jax.step import init_state, make_train_step, shard_state
 from spo_jax.tasks import arithmetic
-from spo_jax.trackers import MetricsWriter, Progress
+from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
 from spo_jax.types import Params
 from spo_jax.validation import loss_function, solver_uses, unused_sections
 
@@ -114,10 +114,9 @@ class Trainer:
             key = "sft" if stage == "sft" else "train"
             loop = getattr(self.config, key)
             for name in ("batch_size", "inner_batch_size"):
-                if getattr(loop, name) is not None:
-                    check_batch_size(
-                        f"{key}.{name}", getattr(loop, name), loop.gradient_accumulation, self.mesh
-                    )
+                size = getattr(loop, name, None)
+                if size is not None:
+                    check_batch_size(f"{key}.{name}", size, loop.gradient_accumulation, self.mesh)
 
     def _run_stage(self, stage: str, start: Policy) -> StageResult:
         folder = self.stage_folder(stage)
@@ -352,6 +351,7 @@ class Trainer:
                 step_fn, state, batches, name=stage, steps=steps, loop=loop, place=self.place,
                 evaluate=None if evaluate is None else look, writer=writer,
                 checkpoints=checkpoints, progress=Progress(stage, steps, done, active),
+                alarm=None if stage == "sft" else DisplacementAlarm(loop.alarm_log_ratio),
             )  # fmt: skip
             writer.close()
         elif evaluate is not None:

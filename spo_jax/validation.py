@@ -194,8 +194,6 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
             _validate_optimizer("outer", config.outer)
     if "sft" in stages:
         _validate_stage("sft", config.sft, "sft_data", config.sft_data)
-        if config.sft.inner_batch_size:
-            raise ConfigError("sft.inner_batch_size would be ignored: set sft.batch_size")
     if "inner" not in unused_sections(config):
         _validate_optimizer("inner", config.inner)
 
@@ -266,11 +264,11 @@ def _validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCo
     positive += ["steps", "epochs", "eval_every", "save_every"]
     positive += ["inner_batch_size", "eval_batch_size"]
     for name in positive:
-        value = getattr(loop, name)
+        value = getattr(loop, name, None)
         if value is not None and value <= 0:
             raise ConfigError(f"{loop_key}.{name}={value}: expected a positive number")
     for name in ("batch_size", "inner_batch_size"):
-        size = getattr(loop, name)
+        size = getattr(loop, name, None)
         if size is not None and size % loop.gradient_accumulation:
             raise ConfigError(
                 f"{loop_key}.{name}={size} does not divide into gradient_accumulation="

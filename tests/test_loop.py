@@ -1,0 +1,286 @@
+"""The loop with a toy step: what is written when, how it stops, how it goes on."""
+
+import errno
+import os
+import signal
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from spo_jax.checkpoints import CheckpointError, Checkpoints
+from spo_jax.config import LoopConfig
+from spo_jax.loop import Batches, Stopped, Throughput, TokenCount, run_loop, stop_signals
+from spo_jax.trackers import MetricsWriter, Progress, read_metrics
+from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
+
+
+def batch_of(number, rows=2, branches=2):
+    return CompletionBatch(
+        prompt_tokens=np.zeros((rows, 3), np.int32),
+        prompt_mask=np.ones((rows, 3), bool),
+        completion_tokens=np.zeros((rows, branches, 4), np.int32),
+        completion_mask=np.arange(4) < np.full((rows, branches, 1), 2),
+        row_ids=np.full(rows, number, np.int32),
+    )
+
+
+class Source:
+    """Batches 0, 1, 2, ... with a position, like the data's iterators."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return batch_of(self.next - 1)
+
+    def get_state(self):
+        return {"next": self.next}
+
+    def set_state(self, state):
+        self.next = state["next"]
+
+
+def step_fn(state, batch):
+    """The state adds up what it has seen: a lost or repeated batch shows."""
+    seen = batch.preference.row_ids[0]
+    total = state.solver["total"] * 3 + seen
+    metrics = {"loss": 1 / (1 + state.step), "seen": jnp.asarray(seen, jnp.float32)}
+    return state._replace(step=state.step + 1, solver={"total": total}), metrics
+
+
+def start():
+    return TrainState(
+        jnp.zeros((), jnp.int32), {"total": jnp.zeros((), jnp.int32)}, (), jnp.zeros(2, jnp.uint32)
+    )
+
+
+def total_after(steps):
+    total = np.int32(0)
+    for number in range(steps):
+        total = np.int32(total * 3 + number)
+    return int(total)
+
+
+def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, **loop):
+    """One start of a run in ``folder``, assembled as the trainer does it."""
+    checkpoints = Checkpoints(folder, keep=keep)
+    state, batches = start(), Batches(Source())
+    if resume:
+        state, position, _ = checkpoints.restore(state)
+        batches.set_state(position)
+    done = int(state.step)
+    writer = MetricsWriter(folder, first_step=done + 1)
+    try:
+        return run_loop(
+            step_fn,
+            state,
+            batches,
+            name="preference",
+            steps=steps,
+            loop=LoopConfig(steps=steps, **loop),
+            place=lambda batch: batch,
+            evaluate=evaluate,
+            writer=writer,
+            checkpoints=checkpoints,
+            progress=Progress("preference", steps, done),
+        )
+    finally:
+        writer.close()
+
+
+def saved(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def training_lines(folder):
+    return [line for line in read_metrics(folder) if "loss" in line]
+
+
+def looked(folder):
+    return [(r["step"], r["eval/loss"]) for r in read_metrics(folder) if "eval/loss" in r]
+
+
+def held_out(state):
+    return {"loss": float(state.step) / 2}
+
+
+def test_every_step_is_written_once(tmp_path):
+    state = run(tmp_path)
+    assert int(state.step) == 7
+    assert int(state.solver["total"]) == total_after(7)
+    found = training_lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["seen"] for line in found] == [0, 1, 2, 3, 4, 5, 6]
+    # 2 rows: 3 prompt tokens and 2 completions with 2 of 4 positions real.
+    assert found[0]["padding_share"] == pytest.approx(1 - 14 / 22)
+    assert found[-1]["tokens_per_second"] > 0
+    assert saved(tmp_path) == [7]
+    assert looked(tmp_path) == []
+
+
+def test_the_rhythm_of_lines_evaluations_and_checkpoints(tmp_path):
+    state = run(tmp_path, evaluate=held_out, log_every=3, eval_every=2, save_every=3)
+    assert int(state.step) == 7
+    assert [line["step"] for line in training_lines(tmp_path)] == [3, 6, 7]
+    assert looked(tmp_path) == [(0, 0.0), (2, 1.0), (4, 2.0), (6, 3.0), (7, 3.5)]
+    assert saved(tmp_path) == [3, 6, 7]
+
+
+def test_rhythms_that_meet_the_end_do_not_repeat_it(tmp_path):
+    run(tmp_path, steps=4, evaluate=held_out, eval_every=2, save_every=2, keep=1)
+    assert looked(tmp_path) == [(0, 0.0), (2, 1.0), (4, 2.0)]
+    assert saved(tmp_path) == [4]
+    # Without eval_every the end is looked at all the same.
+    run(tmp_path / "other", steps=2, evaluate=held_out)
+    assert looked(tmp_path / "other") == [(2, 1.0)]
+
+
+def stopping(at, number):
+    def step(state, batch):
+        if int(state.step) == at:
+            os.kill(os.getpid(), number)
+        return step_fn(state, batch)
+
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, number):
+    before = signal.getsignal(number)
+    # The signal comes in the fourth update; that update is finished and saved.
+    with pytest.raises(Stopped) as caught:
+        run(tmp_path, step_fn=stopping(3, number), evaluate=held_out, eval_every=100)
+    assert (caught.value.step, caught.value.signal_number) == (4, number)
+    assert str(caught.value) == f"stopped by {number.name} at step 4"
+    assert signal.getsignal(number) is before
+    assert saved(tmp_path) == [4]
+    assert [line["step"] for line in training_lines(tmp_path)] == [1, 2, 3, 4]
+
+    state = run(tmp_path, resume=True, evaluate=held_out, eval_every=100)
+    assert int(state.step) == 7
+    assert int(state.solver["total"]) == total_after(7)
+    assert [line["step"] for line in training_lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert looked(tmp_path) == [(0, 0.0), (7, 3.5)]
+
+
+def test_a_signal_in_the_last_update_stops_nothing(tmp_path):
+    assert int(run(tmp_path, step_fn=stopping(6, signal.SIGTERM)).step) == 7
+
+
+def test_a_signal_at_a_checkpoint(tmp_path):
+    with pytest.raises(Stopped, match="at step 4"):
+        run(tmp_path, step_fn=stopping(3, signal.SIGTERM), save_every=2)
+    assert saved(tmp_path) == [2, 4]
+
+
+def test_a_second_signal_does_kill():
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def failing_saves(monkeypatch, *steps):
+    """Checkpoints of these steps meet a full disk as their writing begins."""
+    original = ocp.CheckpointManager.save
+
+    def save(self, step, *args, **kwargs):
+        if step in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+
+
+def failing_in_the_background(monkeypatch, *steps):
+    original = ocp.JsonCheckpointHandler._save_fn
+
+    async def save(self, item, directory):
+        if any(f"{step}." in str(directory) for step in steps):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await original(self, item, directory)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
+
+
+def test_a_failing_checkpoint_on_the_way_is_a_warning(tmp_path, monkeypatch, capsys):
+    failing_saves(monkeypatch, 2)
+    state = run(tmp_path, save_every=2)
+    assert int(state.solver["total"]) == total_after(7)
+    assert saved(tmp_path) == [4, 6, 7]
+    shown = capsys.readouterr().err
+    assert shown.count("WARNING checkpoint 2 could not be written") == 1
+    assert "Training goes on" in shown
+
+
+@pytest.mark.parametrize("failing", [2, 6])
+def test_a_failure_in_the_background_costs_only_that_checkpoint(
+    tmp_path, monkeypatch, capsys, failing
+):
+    """It is seen at the next save, which must be tried all the same: the last one, too."""
+    failing_in_the_background(monkeypatch, failing)
+    state = run(tmp_path, save_every=2)
+    assert int(state.step) == 7
+    assert saved(tmp_path) == [step for step in (2, 4, 6, 7) if step != failing]
+    assert capsys.readouterr().err.count("WARNING the checkpoint could not be written") == 1
+
+
+def test_a_failing_last_checkpoint_is_an_error(tmp_path, monkeypatch):
+    failing_saves(monkeypatch, 7)
+    with pytest.raises(CheckpointError, match=r"checkpoint 7 .* Step 6 is safe"):
+        run(tmp_path, save_every=2)
+    assert len(training_lines(tmp_path)) == 7
+
+
+def test_a_last_checkpoint_that_fails_in_the_background_is_an_error(tmp_path, monkeypatch):
+    failing_in_the_background(monkeypatch, 7)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        run(tmp_path)
+
+
+def test_the_alarm_is_heard(tmp_path, capsys):
+    def displaced(state, batch):
+        state, metrics = step_fn(state, batch)
+        return state, metrics | {
+            "log_ratio/chosen": -3.0 * jnp.ones(()),
+            "log_ratio/margin": jnp.asarray(state.step, jnp.float32),
+        }
+
+    run(tmp_path, steps=3, step_fn=displaced, alarm_log_ratio=-2.5)
+    assert capsys.readouterr().err.count("WARNING displacement at step 1") == 1
+
+
+def test_counting_tokens_of_both_levels():
+    pairs, sft = batch_of(0), batch_of(0, rows=1, branches=1)
+    assert TokenCount.of(BilevelBatch(pairs)) == (2 * 3 + 2 * 2 * 2, 2 * 3 + 2 * 2 * 4)
+    assert TokenCount.of(BilevelBatch(pairs, sft)) == (14 + 3 + 2, 22 + 3 + 4)
+    assert TokenCount.of(BilevelBatch(sft=sft)) == (5, 7)
+
+
+def test_throughput_leaves_pauses_out(monkeypatch):
+    clock = iter([0.0, 2.0, 100.0, 101.0])
+    fake = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("spo_jax.loop.time", fake)
+    throughput = Throughput()
+    assert throughput.add(50) == 0.0
+    assert throughput.add(10) == 5.0
+    throughput.pause()
+    assert throughput.add(7) == 5.0
+    assert throughput.add(20) == 10.0
+
+
+def test_one_position_for_both_levels():
+    batches = Batches(Source(), Source())
+    next(batches)
+    assert batches.get_state() == {"preference": {"next": 1}, "sft": {"next": 1}}
+    other = Batches(Source(), Source())
+    other.set_state(batches.get_state())
+    found = next(other)
+    assert (found.preference.row_ids[0], found.sft.row_ids[0]) == (1, 1)
+    only_sft = next(Batches(sft=Source()))
+    assert only_sft.preference is None
