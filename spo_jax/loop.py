@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,7 @@ def run_loop(
     shapes: set[Any] = set()
     done = int(state.step)
     pending: tuple[int, TokenCount, Any] | None = None
+    diverged: list[int] = []
 
     def report() -> None:
         nonlocal pending
@@ -153,6 +155,12 @@ def run_loop(
         if step % loop.log_every == 0 or step == steps:
             writer.write(step, metrics)
         progress.update(step, metrics, speed)
+        if not math.isfinite(metrics.get("grad_norm", 0.0)) and not diverged:
+            diverged.append(step)
+            progress.say(
+                f"WARNING the gradient of step {step} is not finite: the parameters are lost from "
+                "here on. Stop, and start again with a smaller learning rate"
+            )
         warning = alarm.update(step, metrics) if alarm is not None else None
         if warning:
             progress.say(warning)

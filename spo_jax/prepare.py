@@ -64,8 +64,9 @@ def say(text: str) -> None:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether ``path`` is the folder of a run of one stage."""
-    return (Path(path) / "checkpoints").is_dir() and (Path(path) / MODEL_FOLDER).is_dir()
+    """Whether ``path`` is the folder of a run of one stage, with something saved."""
+    steps = (Path(path) / "checkpoints").glob("[0-9]*")
+    return any(steps) and (Path(path) / MODEL_FOLDER).is_dir()
 
 
 def find_run(path: str | Path) -> Path | None:
@@ -130,7 +131,7 @@ def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Po
 def _carry(source: Path, target: Path) -> None:
     for pattern in _CARRIED:
         for file in source.glob(pattern):
-            if file.is_file() and not (target / file.name).exists():
+            if file.is_file() and source != target:
                 shutil.copy(file, target / file.name)
 
 

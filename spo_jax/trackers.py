@@ -30,10 +30,10 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; values that are not numbers (a level that was not computed) are left out."""
+        """One line; values that are not finite (a level that was not computed) are left out."""
         if self._file is None:
             return
-        finite = {k: float(v) for k, v in metrics.items() if not math.isnan(float(v))}
+        finite = {k: float(v) for k, v in metrics.items() if math.isfinite(float(v))}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for key, value in finite.items():

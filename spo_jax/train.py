@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,8 @@ class Trainer:
                     f"{folder} holds a run already: go on with --resume, or choose another folder "
                     "with --output-dir"
                 )
+        if self.resume and not any(is_run(self.stage_folder(s)) for s in self.stages):
+            say(f"{self.root} holds no saved step yet: starting from the beginning")
         self.root.mkdir(parents=True, exist_ok=True)
         start = load_policy(
             self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
@@ -166,7 +169,7 @@ class Trainer:
                 arithmetic.write_rows(file, [p._asdict() for p in problems])
             return dataclasses.replace(data, train=str(path), eval=str(heldout))
         path = self.root / "pairs.jsonl"
-        if not path.exists():
+        if not (self.resume and path.exists()):
             say(f"sampling {task.samples} solutions of each of {len(preference)} problems")
             samples = [
                 complete(
@@ -285,7 +288,10 @@ class Trainer:
         if config.reference.mode == "none":
             return None
         if (folder / "reference").exists():
-            return load_reference(folder, start.params)
+            if self.resume:
+                return load_reference(folder, start.params)
+            # Left by an attempt that never saved a step, maybe with another model.
+            shutil.rmtree(folder / "reference")
         params = start.params
         if config.reference.path is not None:
             section = dataclasses.replace(

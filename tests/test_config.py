@@ -331,7 +331,8 @@ def test_what_cannot_run_is_refused(overrides, parts):
 def test_an_sft_stage_is_checked_too():
     assert "set sft.steps or sft.epochs" in refused(SFT, sft__epochs=1.0)
     assert "sft_data.train is not set" in refused(SFT, sft_data__train=None)
-    assert "sft.inner_batch_size would be ignored" in refused(SFT, sft__inner_batch_size=2)
+    assert "unknown key sft.inner_batch_size" in refused(SFT, sft__inner_batch_size=2)
+    assert "unknown key sft.alarm_log_ratio" in refused(SFT, sft__alarm_log_ratio=-1.0)
     assert "inner.learning_rate=0.0" in refused(SFT, inner__learning_rate=0)
 
 

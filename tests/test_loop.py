@@ -13,7 +13,7 @@ import pytest
 from spo_jax.checkpoints import CheckpointError, Checkpoints
 from spo_jax.config import LoopConfig
 from spo_jax.loop import Batches, Stopped, Throughput, TokenCount, run_loop, stop_signals
-from spo_jax.trackers import MetricsWriter, Progress, read_metrics
+from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
 
 
@@ -65,7 +65,7 @@ def total_after(steps):
     return int(total)
 
 
-def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, **loop):
+def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, alarm=None, **loop):
     """One start of a run in ``folder``, assembled as the trainer does it."""
     checkpoints = Checkpoints(folder, keep=keep)
     state, batches = start(), Batches(Source())
@@ -87,6 +87,7 @@ def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, 
             writer=writer,
             checkpoints=checkpoints,
             progress=Progress("preference", steps, done),
+            alarm=alarm,
         )
     finally:
         writer.close()
@@ -251,7 +252,7 @@ def test_the_alarm_is_heard(tmp_path, capsys):
             "log_ratio/margin": jnp.asarray(state.step, jnp.float32),
         }
 
-    run(tmp_path, steps=3, step_fn=displaced, alarm_log_ratio=-2.5)
+    run(tmp_path, steps=3, step_fn=displaced, alarm=DisplacementAlarm(-2.5))
     assert capsys.readouterr().err.count("WARNING displacement at step 1") == 1
 
 

@@ -15,10 +15,10 @@ from spo_jax.solvers import make_penalty, make_preference_only
 from spo_jax.types import BilevelBatch
 from tests.hlo import array_shapes
 from tests.losses.test_preference import HYPER
-from tests.tiny import VOCABULARY, random_batch, tiny_logprobs, tiny_model, tiny_params
+from tests.tiny import VOCABULARY, Bigram, random_batch, tiny_logprobs, tiny_model, tiny_params
 
-MODEL = tiny_model()
-PARAMS = tiny_params(MODEL)
+MODEL = Bigram()
+PARAMS = MODEL.init()
 LOGPROBS = tiny_logprobs(MODEL)
 
 
@@ -29,6 +29,11 @@ def objective(loss="dpo", **options):
 def levels(*args, reference_params=None, **kwargs):
     built = objective(*args, **kwargs)
     return built.levels(built.init(), reference_params)
+
+
+def gradient(built, batch, weights):
+    """Compiled: op by op it takes many times as long."""
+    return jax.jit(partial(built.gradient, weights=weights))(PARAMS, batch)
 
 
 def equal(left, right):
@@ -59,8 +64,8 @@ def test_filler_rows_change_nothing():
     pairs = random_batch(filler=3)
     cut = jax.tree.map(lambda x: x[:-3], pairs)
     weights = (1.0, 2.0)
-    (values, _), grads = levels("cpo").gradient(PARAMS, BilevelBatch(pairs), weights)
-    (expected, _), expected_grads = levels("cpo").gradient(PARAMS, BilevelBatch(cut), weights)
+    (values, _), grads = gradient(levels("cpo"), BilevelBatch(pairs), weights)
+    (expected, _), expected_grads = gradient(levels("cpo"), BilevelBatch(cut), weights)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     assert relative_difference(grads, expected_grads) < 1e-6
 
@@ -83,7 +88,7 @@ def test_accumulation_does_not_change_an_update(loss, inner_data):
     results = []
     for micro_batches in (1, 8):
         built = levels(loss, inner_data=inner_data, micro_batches=micro_batches)
-        results.append(jax.jit(partial(built.gradient, weights=weights))(PARAMS, batch))
+        results.append(gradient(built, batch, weights))
     assert relative_difference(*results) < 1e-6
 
 
@@ -107,7 +112,7 @@ def test_both_is_differentiable_under_accumulation():
     batch = BilevelBatch(random_batch())
 
     def total(built):
-        return jax.grad(lambda p: sum(built.both(p, batch)[0]))(PARAMS)
+        return jax.jit(jax.grad(lambda p: sum(built.both(p, batch)[0])))(PARAMS)
 
     assert relative_difference(total(levels()), total(levels(micro_batches=4))) < 1e-6
 
@@ -146,8 +151,8 @@ def test_linear_penalty_on_the_chosen_is_rpo():
         dpo = jnp.mean(jax.nn.softplus(-0.5 * (ratio[:, 0] - ratio[:, 1])))
         return dpo + 7.0 * -jnp.sum(sums[:, 0]) / count(batch).chosen_tokens
 
-    _, grads = levels().gradient(PARAMS, batch, (1.0, 7.0))
-    assert relative_difference(grads, jax.grad(rpo)(PARAMS)) < 1e-6
+    _, grads = gradient(levels(), batch, (1.0, 7.0))
+    assert relative_difference(grads, jax.jit(jax.grad(rpo))(PARAMS)) < 1e-6
 
 
 def test_regularizers():
@@ -196,13 +201,13 @@ def test_gap_is_zero_at_the_reference():
 
 
 def test_online_equals_precomputed():
-    reference_params = tiny_params(MODEL, seed=1)
+    reference_params = MODEL.init(seed=1)
     online = BilevelBatch(random_batch(reference=False))
     frozen = completion_logprobs(LOGPROBS, reference_params, online.preference)
     ahead = BilevelBatch(online.preference._replace(reference_logprobs=frozen))
     found = levels(reference="online", reference_params=reference_params)
-    got = found.gradient(PARAMS, online, (1.0, 1.0))
-    assert relative_difference(got[1], levels().gradient(PARAMS, ahead, (1.0, 1.0))[1]) < 1e-6
+    got = gradient(found, online, (1.0, 1.0))
+    assert relative_difference(got[1], gradient(levels(), ahead, (1.0, 1.0))[1]) < 1e-6
 
 
 def test_alphadpo_statistics_move_in_training_and_not_in_evaluation():
@@ -220,11 +225,13 @@ def test_alphadpo_statistics_move_in_training_and_not_in_evaluation():
 def test_step_holds_no_logits_of_all_tokens():
     """No ``[..., T, V]`` for all T and no ``[T, T]``-free claim: read the compiled step."""
     rows, prompt, completion = 2, 8, 96
-    pairs = random_batch(rows, prompt, completion)
-    batch = BilevelBatch(pairs)
-    built = levels()
+    batch = BilevelBatch(random_batch(rows, prompt, completion))
+    model = tiny_model()
+    loss = make_preference_loss("dpo", beta=0.1)
+    bound = make_objective(tiny_logprobs(model), loss)
+    built = bound.levels(bound.init())
     step = jax.jit(lambda p, b: built.gradient(p, b, (1.0, 1.0))[1])
-    text = step.lower(PARAMS, batch).compile().as_text()
+    text = step.lower(tiny_params(model), batch).compile().as_text()
     with_vocabulary = [s for s in array_shapes(text) if VOCABULARY in s]
     assert with_vocabulary, "the head must be somewhere"
     most = max(np.prod(s) // VOCABULARY for s in with_vocabulary)

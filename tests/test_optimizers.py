@@ -107,7 +107,10 @@ def distance(params):
     )
 
 
-def run(name, *, grad=jax.grad(distance), steps=3, **options):
+pull = jax.grad(distance)
+
+
+def run(name, *, grad=pull, steps=3, **options):
     options = {"learning_rate": RATES[name], "schedule": "constant", "warmup_ratio": 0.0} | options
     optimizer, _ = make_optimizer(name=name, steps=steps, **options)
 
@@ -157,7 +160,7 @@ def test_decay_follows_the_schedule():
 def test_clip_is_by_the_global_norm():
     """Of all leaves together, before the optimizer; gradients below it pass as they are."""
     params, _ = toy()
-    grads = jax.grad(distance)(params)
+    grads = jax.jit(pull)(params)
     norm = float(optax.tree.norm(grads))
     for clip, factor in ((norm / 4, 0.25), (norm * 4, 1.0), (None, 1.0)):
         optimizer, _ = make_optimizer(
@@ -168,7 +171,7 @@ def test_clip_is_by_the_global_norm():
             warmup_ratio=0.0,
             max_grad_norm=clip,
         )
-        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
         for update, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
             np.testing.assert_allclose(update, -0.5 * factor * grad, rtol=1e-5)
 

@@ -84,9 +84,7 @@ FITTED = {
 def specs(tree, mesh):
     """``(path, shape, spec)`` of every leaf."""
     shardings = tree_shardings(tree, mesh)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings), strict=True)
     return [(jax.tree_util.keystr(path), leaf.shape, s.spec) for (path, leaf), s in pairs]
 
 
@@ -117,7 +115,9 @@ def test_optimizer_states_lie_like_their_parameters(name):
     options = {"min_dim_size_to_factor": 4} if name == "adafactor" else {}
     optimizer, _ = make_optimizer(name=name, steps=4, learning_rate=0.1, options=options)
     params = MODEL.abstract_params()
-    ranks = {jax.tree_util.keystr(p): x.ndim for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    ranks = {
+        jax.tree_util.keystr(p): x.ndim for p, x in jax.tree_util.tree_leaves_with_path(params)
+    }
     state = specs(jax.eval_shape(optimizer.init, params), mesh)
     cut = 0
     for path, shape, spec in state:
@@ -136,7 +136,7 @@ def test_batches_divide_or_say_what_would():
         check_batch_size("batch_size", 10, 1, mesh)
     expected = "batch_size=10 does not divide over 4 data shards: use a multiple of 4"
     assert str(caught.value) == f"{expected}, such as 8 or 12"
-    with pytest.raises(ValueError, match="x 2 micro-batches: use a multiple of 8, such as 8$"):
+    with pytest.raises(ValueError, match=r"x 2 micro-batches: use a multiple of 8, such as 8$"):
         check_batch_size("batch_size", 4, 2, mesh)
 
 
