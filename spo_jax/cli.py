@@ -209,7 +209,8 @@ def _export(options: argparse.Namespace) -> int:
     if out.exists():
         raise FileExistsError(f"{out} exists already: name a folder to make")
     source = run / MODEL_FOLDER
-    config = config_from_tree(read_tree(run / "config.yaml"))
+    # The model section alone: a run saved by another version may know other keys.
+    config = config_from_tree({"model": read_tree(run / "config.yaml").get("model")})
     model = load_model(source, execution(config.model))
     abstract = model.abstract_params()
     shardings = tree_shardings(abstract, make_mesh())

@@ -285,3 +285,13 @@ def test_one_position_for_both_levels():
     assert (found.preference.row_ids[0], found.sft.row_ids[0]) == (1, 1)
     only_sft = next(Batches(sft=Source()))
     assert only_sft.preference is None
+
+
+def test_a_gradient_that_is_not_finite_is_said_once(tmp_path, capsys):
+    def diverging(state, batch):
+        state, metrics = step_fn(state, batch)
+        return state, {**metrics, "grad_norm": jnp.where(state.step > 3, jnp.inf, 1.0)}
+
+    run(tmp_path, step_fn=diverging)
+    assert capsys.readouterr().err.count("the gradient of step 4 is not finite") == 1
+    assert [line.get("grad_norm") for line in training_lines(tmp_path)] == [1.0] * 3 + [None] * 4
