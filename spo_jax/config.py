@@ -43,7 +43,7 @@ class ModelConfig:
         "none", "what the backward pass recomputes: none | full | dots | dots_no_batch"
     )
     attention: Literal["auto", "xla", "cudnn"] = _key("auto", "attention kernel")
-    logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once")
+    logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once, per data shard")
 
 
 @dataclass(frozen=True)

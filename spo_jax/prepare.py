@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 import sys
@@ -10,12 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints import Checkpoints
-from spo_jax.config import BUILTIN_TASK, Config, DataConfig, ModelConfig, TaskConfig
+from spo_jax.config import (
+    BUILTIN_TASK,
+    Config,
+    DataConfig,
+    ModelConfig,
+    Named,
+    OptimizerConfig,
+    TaskConfig,
+)
 from spo_jax.data import (
     LengthBuckets,
     TextRows,
@@ -38,7 +47,9 @@ from spo_jax.data.reference import (
 )
 from spo_jax.models import Execution, Model, load_model, load_params, resolve_model_folder
 from spo_jax.objectives import completion_logprobs, make_logprobs_fn
+from spo_jax.optimizers import make_optimizer
 from spo_jax.sharding import batch_shards, place_batch, replicated, tree_shardings
+from spo_jax.solvers import SOLVERS, Solver
 from spo_jax.tasks import arithmetic
 from spo_jax.types import Params
 
@@ -242,7 +253,8 @@ def reference_logprobs(
         str(model.config),
         config.model.compute_dtype,
     )
-    logprobs = make_logprobs_fn(model, chunk_tokens=config.model.logprob_chunk)
+    chunk = config.model.logprob_chunk * batch_shards(mesh)
+    logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
 
     @jax.jit
     def values(params, batch):
@@ -273,6 +285,16 @@ def reference_logprobs(
     return found
 
 
-def copy_params(params: Params) -> Params:
-    """Buffers of their own, so that donating the one tree leaves the other alive."""
-    return jax.tree.map(jnp.copy, params)
+def make_chain(config: OptimizerConfig, steps: int):
+    """The optax chain and schedule of one section of the configuration."""
+    return make_optimizer(
+        steps=steps,
+        **{k: getattr(config, k) for k in OptimizerConfig.__dataclass_fields__},
+    )
+
+
+def make_solver(named: Named, **chains: optax.GradientTransformation) -> Solver:
+    """The solver of the table with its options and the optax chains it uses."""
+    accepted = inspect.signature(SOLVERS[named.name]).parameters
+    used = {k: v for k, v in chains.items() if k in accepted}
+    return SOLVERS[named.name](**used, **named.options)

@@ -40,7 +40,24 @@ def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -
     return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)
 
 
-def shard_state(init: Any, mesh: Any, *arguments: Any) -> tuple[TrainState, Any]:
-    """Run ``init`` with every leaf of the state made where it will live; state and shardings."""
-    shardings = tree_shardings(jax.eval_shape(init, *arguments), mesh)
-    return jax.jit(init, out_shardings=shardings)(*arguments), shardings
+def shard_state(
+    init: Any, mesh: Any, params: Params, key: Any, *, donate: bool = False
+) -> tuple[TrainState, Any]:
+    """Run ``init(params, key)`` with every leaf made where it will live; state and shardings.
+
+    ``donate`` gives the parameters' own buffers to the state; else they are copied, so that
+    a step which donates its state leaves ``params`` alive.
+    """
+    shardings = tree_shardings(jax.eval_shape(init, params, key), mesh)
+    params = params if donate else jax.tree.map(jnp.copy, params)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params, key), shardings
+
+
+def abstract_state(init: Any, mesh: Any, params: Params, key: Any) -> tuple[TrainState, Any]:
+    """As ``shard_state``, but shapes with shardings only: what a checkpoint is read into."""
+    shapes = jax.eval_shape(init, params, key)
+    shardings = tree_shardings(shapes, mesh)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return placed, shardings

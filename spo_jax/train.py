@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from spo_jax import __version__
 from spo_jax.checkpoints import (
@@ -18,21 +17,21 @@ from spo_jax.checkpoints import (
     load_reference,
     save_reference,
 )
-from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named, OptimizerConfig
+from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named
 from spo_jax.config_io import changed_keys, read_tree, save_config
 from spo_jax.data import eval_batches, make_train_iterator
 from spo_jax.evaluate import complete, make_evaluate
 from spo_jax.loop import Batches, run_loop
 from spo_jax.losses import make_preference_loss
 from spo_jax.objectives import Objective, make_logprobs_fn, make_objective
-from spo_jax.optimizers import make_optimizer
 from spo_jax.prepare import (
     MODEL_FOLDER,
     Policy,
     Rows,
-    copy_params,
     is_run,
     load_policy,
+    make_chain,
+    make_solver,
     prepare_rows,
     reference_logprobs,
     round_up,
@@ -40,8 +39,8 @@ from spo_jax.prepare import (
     task_problems,
 )
 from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch
-from spo_jax.solvers import SOLVERS, Solver
-from spo_jax.step import init_state, make_train_step, shard_state
+from spo_jax.solvers import SOLVERS
+from spo_jax.step import abstract_state, init_state, make_train_step, shard_state
 from spo_jax.tasks import arithmetic
 from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
 from spo_jax.types import Params
@@ -52,22 +51,11 @@ class RunExists(FileExistsError):
     """The run folder holds a run already, and nobody said to go on with it."""
 
 
-def make_chain(config: OptimizerConfig, steps: int):
-    """The optax chain and schedule of one section of the configuration."""
-    return make_optimizer(
-        steps=steps,
-        **{k: getattr(config, k) for k in OptimizerConfig.__dataclass_fields__},
-    )
-
-
-def make_solver(named: Named, **chains: optax.GradientTransformation) -> Solver:
-    """The solver of the table with its options and the optax chains it uses."""
-    used = {k: v for k, v in chains.items() if solver_uses(named.name, k)}
-    return SOLVERS[named.name](**used, **named.options)
-
-
 class StageResult(NamedTuple):
-    """Where a stage ended: the policy and its held-out metrics."""
+    """Where a stage ended: the policy and its held-out metrics.
+
+    A later stage that starts from the policy may have taken over its buffers.
+    """
 
     policy: Policy
     metrics: dict[str, float]
@@ -111,6 +99,15 @@ class Trainer:
             if stage == "sft":
                 start = results[stage].policy
         return results
+
+    def _start_is_needed(self, stage: str) -> bool:
+        """Whether the policy that ``stage`` starts from is looked at again afterwards.
+
+        Elsewhere its buffers become the state's: a large model has no room for a copy.
+        """
+        graded = BUILTIN_TASK in (self.config.data.train, self.config.sft_data.train)
+        later = self.stages[self.stages.index(stage) + 1 :]
+        return graded or (stage != "sft" and bool(later))
 
     def _check_sizes(self) -> None:
         for stage in self.stages:
@@ -215,7 +212,8 @@ class Trainer:
         )
 
     def _objective(self, policy: Policy, loop: LoopConfig, **options) -> Objective:
-        logprobs = make_logprobs_fn(policy.model, chunk_tokens=self.config.model.logprob_chunk)
+        chunk = self.config.model.logprob_chunk * batch_shards(self.mesh)
+        logprobs = make_logprobs_fn(policy.model, chunk_tokens=chunk)
         return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
 
     def _sft(self, folder: Path, start: Policy) -> StageResult:
@@ -331,18 +329,20 @@ class Trainer:
     ) -> StageResult:  # fmt: skip
         """Compile the step, resume where there is something to resume, run to the end."""
         key = jax.random.key_data(jax.random.key(self.config.seed))
-        # The step donates its state; the start lives on for other stages and as reference.
         init = partial(init_state, solver, objective)
-        state, shardings = shard_state(init, self.mesh, copy_params(start.params), key)
+        checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
+        if self.resume and checkpoints.latest_step() is not None:
+            state, shardings = abstract_state(init, self.mesh, start.params, key)
+            state, position, _ = checkpoints.restore(state)
+            batches.set_state(position)
+            say(f"{stage}: going on from step {int(state.step)} of {steps}")
+        else:
+            donate = not self._start_is_needed(stage) and reference_params is None
+            state, shardings = shard_state(init, self.mesh, start.params, key, donate=donate)
         step = make_train_step(objective, solver, schedule=schedule, tolerance=tolerance)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         step_fn = lambda state, batch: step(state, batch, reference_params)  # noqa: E731
 
-        checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
-        if self.resume and checkpoints.latest_step() is not None:
-            state, position, _ = checkpoints.restore(state)
-            batches.set_state(position)
-            say(f"{stage}: going on from step {int(state.step)} of {steps}")
         active = jax.process_index() == 0
         done = int(state.step)
         metrics: dict[str, float] = {}

@@ -22,8 +22,8 @@ from spo_jax.sharding import (
     tree_shardings,
 )
 from spo_jax.solvers import make_penalty
-from spo_jax.step import init_state, make_train_step, shard_state
-from spo_jax.types import BilevelBatch
+from spo_jax.step import abstract_state, init_state, make_train_step, shard_state
+from spo_jax.types import BilevelBatch, TrainState
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 
 MODEL = tiny_model()
@@ -197,3 +197,20 @@ def test_eight_devices_take_the_step_of_one(on_one_device, sizes, q_shard):
     assert set(metrics) == set(expected_metrics)
     for key, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_the_start_lives_on_unless_it_is_donated(donate):
+    """A step donates its state: without a copy it would take the start's buffers along."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = {"w": jax.device_put(jnp.arange(4.0), jax.devices()[0])}
+
+    def init(params, key):
+        return TrainState(jnp.zeros((), jnp.int32), params, (), key)
+
+    state, shardings = shard_state(init, mesh, params, jnp.zeros(2, jnp.uint32), donate=donate)
+    jax.tree.map(lambda x: x.delete(), state.solver)
+    assert params["w"].is_deleted() == donate
+    abstract, same = abstract_state(init, mesh, {"w": jnp.arange(4.0)}, jnp.zeros(2, jnp.uint32))
+    assert same == shardings
+    assert abstract.solver["w"].shape == (4,)

@@ -18,7 +18,8 @@ from spo_jax.trackers import read_metrics
 from spo_jax.train import Trainer
 from spo_jax.validation import checked_config
 
-pytestmark = pytest.mark.slow
+# One worker: the run all tests look at is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 TREE = {
     "stages": ["sft", "preference", "baseline"],
