@@ -77,7 +77,7 @@ class Progress:
             desc=name,
             disable=not (active and self._live),
             dynamic_ncols=True,
-            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {postfix} [{elapsed}<{remaining}]",
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| [{elapsed}<{remaining}]{postfix}",
         )
         self._every = max(1, total // 10)
 
