@@ -52,6 +52,8 @@ def unused_sections(config: Config) -> dict[str, str]:
     if not preference:
         for name in ("data", "loss", "objective", "solver", "outer", "train", "reference"):
             unused[name] = "no stage is preference"
+    elif "preference" not in config.stages:
+        unused["solver"] = "the only stage of pairs is baseline, whose solver is preference_only"
     if BUILTIN_TASK not in (config.data.train, config.sft_data.train):
         unused["task"] = f"no data set is {BUILTIN_TASK}"
     if preference and not _takes_steps(config, "outer"):
@@ -254,6 +256,11 @@ def _validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCo
     if not 0 <= data.eval_fraction < 1:
         raise ConfigError(f"{data_key}.eval_fraction={data.eval_fraction}: expected 0 <= . < 1")
     builtin = data.train == BUILTIN_TASK
+    if builtin and (data.eval is not None or (data_key == "sft_data" and data.eval_fraction)):
+        key = "eval" if data.eval is not None else "eval_fraction"
+        raise ConfigError(
+            f"{data_key}.{key} would be ignored: {BUILTIN_TASK} brings held-out rows of its own"
+        )
     if not builtin and data.train.startswith("builtin:"):
         raise ConfigError(f"{data_key}.train={data.train!r}: the built-in data is {BUILTIN_TASK}")
     if loop.eval_every and data.eval is None and not data.eval_fraction and not builtin:

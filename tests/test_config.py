@@ -425,3 +425,14 @@ def test_help_names_every_key_with_its_default():
         assert f"      {name}: " in text
     assert "simpo: beta, gamma_beta_ratio, label_smoothing [0.0]" in text
     assert "preference_only: no options" in text
+
+
+def test_what_a_lone_baseline_or_the_built_in_task_would_ignore():
+    solver = {"stages": ["baseline"], "solver.name": "penalty"}
+    assert "solver would be ignored" in refused(SMALL, **solver)
+    checked_config({k: v for k, v in SMALL.items() if k != "solver"} | {"stages": ["baseline"]})
+    builtin = SFT | {"sft_data": {"train": "builtin:arithmetic"}}
+    checked_config(builtin)
+    for key, value in (("eval", "held.jsonl"), ("eval_fraction", 0.1)):
+        message = refused(builtin, **{f"sft_data.{key}": value})
+        assert f"sft_data.{key} would be ignored: builtin:arithmetic brings" in message
