@@ -9,25 +9,12 @@ import pytest
 from spo_jax.models import init_model, save_pretrained
 from spo_jax.validation import loss_function
 from tests.losses.test_preference import POLICY, REFERENCE
+from tests.tiny import ARCHITECTURE
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
-ARCHITECTURE = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "rope_theta": 1e4,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+MODEL = {**ARCHITECTURE, "vocab_size": 32}
 
 
 def test_examples_are_short():
@@ -37,9 +24,9 @@ def test_examples_are_short():
 
 @pytest.mark.slow
 def test_training_loop(tmp_path):
-    model = init_model(ARCHITECTURE)
+    model = init_model(MODEL)
     folder = tmp_path / "model"
-    save_pretrained(folder, model.init(jax.random.key(0)), model, source=ARCHITECTURE)
+    save_pretrained(folder, model.init(jax.random.key(0)), model, source=MODEL)
     names = {}
     exec(BLOCKS[0].replace('"MODEL"', repr(str(folder))), names)
     assert names["metrics"]["rewards/margins"] > 0

@@ -17,6 +17,7 @@ from spo_jax.tasks import arithmetic
 from spo_jax.trackers import read_metrics
 from spo_jax.train import Trainer
 from spo_jax.validation import checked_config
+from tests.tiny import ARCHITECTURE
 
 # One worker: the run all tests look at is made once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
@@ -25,20 +26,7 @@ TREE = {
     "stages": ["sft", "preference", "baseline"],
     "model": {
         "tokenizer": "builtin:arithmetic",
-        "init": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "initializer_range": 0.1,
-            "max_position_embeddings": 64,
-            "tie_word_embeddings": True,
-        },
+        "init": ARCHITECTURE,
     },
     "sft_data": {
         "train": "builtin:arithmetic",

@@ -10,6 +10,22 @@ from spo_jax.types import CompletionBatch
 
 VOCABULARY = 53
 
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+"""A ``config.json`` without its vocabulary."""
+
 
 def tiny_model(**execution):
     config = DecoderConfig(
