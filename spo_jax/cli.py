@@ -145,9 +145,8 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(_table([{"stage": k, **v.metrics} for k, v in results.items()], "held out"))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")
-    last = list(results.values())[0 if "preference" not in results else -1].folder
-    last = results["preference"].folder if "preference" in results else last
-    print(f"Next: spo-jax export {last} OUT")
+    last = results.get("preference") or list(results.values())[-1]
+    print(f"Next: spo-jax export {last.folder} OUT")
     return 0
 
 
@@ -191,38 +190,9 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def _export(options: argparse.Namespace) -> int:
-    import jax
+    from spo_jax.export import export_run
 
-    from spo_jax.checkpoints import Checkpoints
-    from spo_jax.config_io import config_from_tree, read_tree
-    from spo_jax.models import load_model, save_pretrained
-    from spo_jax.prepare import MODEL_FOLDER, execution, find_run
-    from spo_jax.sharding import make_mesh, tree_shardings
-
-    run = find_run(options.run)
-    if run is None:
-        raise FileNotFoundError(
-            f"{options.run} is not the folder of a run: it has no checkpoints. Name the "
-            "output_dir of a spo-jax train or sft"
-        )
-    out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: name a folder to make")
-    source = run / MODEL_FOLDER
-    # The model section alone: a run saved by another version may know other keys.
-    config = config_from_tree({"model": read_tree(run / "config.yaml").get("model")})
-    model = load_model(source, execution(config.model))
-    abstract = model.abstract_params()
-    shardings = tree_shardings(abstract, make_mesh())
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
-    checkpoints = Checkpoints(run)
-    params = checkpoints.restore_params(like, options.step)
-    dtype = options.dtype or config.model.param_dtype
-    save_pretrained(out, params, model, source=source, dtype=dtype)
-    step = checkpoints.latest_step() if options.step is None else options.step
-    print(f"{out}: policy of {run} after {step} updates, {dtype}; transformers loads it")
+    print(export_run(options.run, options.out, step=options.step, dtype=options.dtype))
     return 0
 
 

@@ -30,7 +30,7 @@ def make_evaluate(
     """``(params, objective state, reference_params) -> metrics`` over all of ``batches``.
 
     Means over rows and token means over the whole set: how it is cut into batches does
-    not show. Adds ``loss``, ``inner_loss``, ``gap`` where the objective has them.
+    not show. Has ``loss`` for pairs, and ``gap`` where the inner value is the reference's.
     """
     denominators = count_rows(batches)
     compute = jax.jit(objective.evaluate)
@@ -42,16 +42,12 @@ def make_evaluate(
             both = BilevelBatch(preference=batch) if pairs else BilevelBatch(sft=batch)
             found = compute(params, place(both), denominators, state, reference_params)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        return {k: float(v) for k, v in jax.device_get(_metrics(total, pairs)).items()}
+        metrics = {**total.metrics, "inner_loss": total.inner}
+        if objective.paired_inner_value:
+            metrics["gap"] = total.inner - total.reference_inner
+        return {k: float(v) for k, v in jax.device_get(metrics).items()}
 
     return run
-
-
-def _metrics(total: Terms, pairs: bool) -> dict[str, Any]:
-    metrics = dict(total.metrics) if pairs else {}
-    metrics["inner_loss"] = total.inner
-    metrics["gap"] = total.inner - total.reference_inner
-    return metrics
 
 
 def row_logprobs(

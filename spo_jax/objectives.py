@@ -70,11 +70,13 @@ class Objective(NamedTuple):
     ``init() -> state``; ``levels(state, reference_params) -> Levels`` whose ``aux`` is
     ``(metrics, next state)``; ``evaluate(params, batch, denominators, state,
     reference_params) -> Terms``, which adds up over batches and changes no state.
+    ``paired_inner_value``: the terms' ``reference_inner`` is the inner value.
     """
 
     init: Callable[[], ObjectiveState]
     levels: Callable[..., Levels]
     evaluate: Callable[..., Terms]
+    paired_inner_value: bool
 
 
 def make_objective(
@@ -118,7 +120,7 @@ def make_objective(
         )
         return found._replace(statistics=())
 
-    return Objective(init, levels, evaluate)
+    return Objective(init, levels, evaluate, binding.paired_inner_value)
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:

@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,13 @@ from spo_jax.data.reference import (
 from spo_jax.models import Execution, Model, load_model, load_params, resolve_model_folder
 from spo_jax.objectives import completion_logprobs, make_logprobs_fn
 from spo_jax.optimizers import make_optimizer
-from spo_jax.sharding import batch_shards, place_batch, replicated, tree_shardings
+from spo_jax.sharding import (
+    batch_shards,
+    place_batch,
+    replicated,
+    sharded_shapes,
+    tree_shardings,
+)
 from spo_jax.solvers import SOLVERS, Solver
 from spo_jax.tasks import arithmetic
 from spo_jax.types import Params
@@ -76,8 +83,8 @@ def say(text: str) -> None:
 
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is the folder of a run of one stage, with something saved."""
-    steps = (Path(path) / "checkpoints").glob("[0-9]*")
-    return any(steps) and (Path(path) / MODEL_FOLDER).is_dir()
+    steps = (Path(path) / "checkpoints").glob("*")
+    return any(step.name.isdigit() for step in steps) and (Path(path) / MODEL_FOLDER).is_dir()
 
 
 def find_run(path: str | Path) -> Path | None:
@@ -112,18 +119,11 @@ def load_policy(config: ModelConfig, mesh: Mesh, *, seed: int, work: Path) -> Po
     _carry(source, work)
     _put_tokenizer(config, work)
     model = load_model(source, execution(config))
-    shardings = tree_shardings(model.abstract_params(), mesh)
     if run:
-        params = Checkpoints(run).restore_params(_shaped(model.abstract_params(), shardings))
+        params = Checkpoints(run).restore_params(sharded_shapes(model.abstract_params(), mesh))
     else:
-        params = load_params(source, model, shardings)
+        params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
     return Policy(model, params, load_tokenizer(work), work)
-
-
-def _shaped(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
 
 
 def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Policy:
@@ -190,7 +190,6 @@ def prepare_rows(data: DataConfig, kind: str, tokenizer: Any, *, seed: int, name
 
     ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration.
     """
-
     rows = read_rows(data, kind, tokenizer, name=name)
     heldout = None
     if data.eval is not None:
@@ -235,54 +234,49 @@ def round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def reference_logprobs(
-    config: Config,
-    model: Model,
-    params: Params,
-    rows: TokenizedRows,
-    buckets: LengthBuckets,
-    mesh: Mesh,
-    *,
-    batch_size: int,
-    name: str,
-) -> np.ndarray:
-    """Frozen log-probs ``[N, n]`` of ``rows`` under ``params``, cached under their fingerprint."""
-    key = fingerprint(
-        rows.fingerprint(),
-        params_fingerprint(params),
-        str(model.config),
-        config.model.compute_dtype,
-    )
+def make_reference_logprobs(
+    config: Config, model: Model, params: Params, mesh: Mesh, *, batch_size: int
+) -> Callable[[TokenizedRows, LengthBuckets, str], np.ndarray]:
+    """``(rows, buckets, name) -> [N, n]``: frozen log-probs, cached under their fingerprint.
+
+    Made once for all data sets: they share the parameters' fingerprint and what is compiled.
+    """
+    policy = (params_fingerprint(params), str(model.config), config.model.compute_dtype)
     chunk = config.model.logprob_chunk * batch_shards(mesh)
     logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
+    cache = Path(config.reference.cache_dir or default_cache_dir())
+    first = jax.process_index() == 0
 
     @jax.jit
     def values(params, batch):
         found = batch.row_ids, completion_logprobs(logprobs, params, batch)
         return jax.lax.with_sharding_constraint(found, replicated(mesh))
 
-    def compute():
-        size = round_up(batch_size, batch_shards(mesh))
-        batches = eval_batches(
-            rows,
-            batch_size=size,
-            buckets=buckets,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return precompute(
-            lambda batch: jax.device_get(values(params, place_batch(batch, mesh))),
-            batches,
-            num_rows=len(rows),
-            num_completions=rows.num_completions,
-            num_batches=len(batches),
-            active=jax.process_index() == 0,
-        )
+    def logprobs_of(rows, buckets, name):
+        def compute():
+            batches = eval_batches(
+                rows,
+                batch_size=round_up(batch_size, batch_shards(mesh)),
+                buckets=buckets,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            return precompute(
+                lambda batch: jax.device_get(values(params, place_batch(batch, mesh))),
+                batches,
+                num_rows=len(rows),
+                num_completions=rows.num_completions,
+                num_batches=len(batches),
+                active=first,
+            )
 
-    cache = Path(config.reference.cache_dir or default_cache_dir())
-    found, cached = load_or_precompute(cache, key, compute, write=jax.process_index() == 0)
-    say(f"{name}: reference log-probs of {len(rows)} rows {'from the cache' if cached else 'done'}")
-    return found
+        key = fingerprint(rows.fingerprint(), *policy)
+        found, cached = load_or_precompute(cache, key, compute, write=first)
+        how = "from the cache" if cached else "done"
+        say(f"{name}: reference log-probs of {len(rows)} rows {how}")
+        return found
+
+    return logprobs_of
 
 
 def make_chain(config: OptimizerConfig, steps: int):

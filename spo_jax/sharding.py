@@ -109,6 +109,15 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def sharded_shapes(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
+    """``tree`` as shapes and dtypes with their shardings: what a checkpoint is read into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        tree_shardings(tree, mesh, rules),
+    )
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Each process's rows (numpy) -> global arrays cut over the data shards."""
     sharding = NamedSharding(mesh, BATCH)

@@ -51,13 +51,3 @@ def shard_state(
     shardings = tree_shardings(jax.eval_shape(init, params, key), mesh)
     params = params if donate else jax.tree.map(jnp.copy, params)
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params, key), shardings
-
-
-def abstract_state(init: Any, mesh: Any, params: Params, key: Any) -> tuple[TrainState, Any]:
-    """As ``shard_state``, but shapes with shardings only: what a checkpoint is read into."""
-    shapes = jax.eval_shape(init, params, key)
-    shardings = tree_shardings(shapes, mesh)
-    placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return placed, shardings

@@ -31,16 +31,16 @@ from spo_jax.prepare import (
     is_run,
     load_policy,
     make_chain,
+    make_reference_logprobs,
     make_solver,
     prepare_rows,
-    reference_logprobs,
     round_up,
     say,
     task_problems,
 )
-from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch
+from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, sharded_shapes
 from spo_jax.solvers import SOLVERS
-from spo_jax.step import abstract_state, init_state, make_train_step, shard_state
+from spo_jax.step import init_state, make_train_step, shard_state
 from spo_jax.tasks import arithmetic
 from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
 from spo_jax.types import Params
@@ -314,14 +314,14 @@ class Trainer:
         if sft_rows is not None:
             wanted["sft"], buckets["sft"] = sft_rows.train, sft_rows.buckets
         size = loop.eval_batch_size or loop.batch_size
+        logprobs_of = make_reference_logprobs(
+            self.config, start.model, reference, self.mesh, batch_size=size
+        )
         return {
-            name: reference_logprobs(
-                self.config, start.model, reference, some, buckets[name], self.mesh,
-                batch_size=size, name=name,
-            )
+            name: logprobs_of(some, buckets[name], name)
             for name, some in wanted.items()
             if some is not None
-        }  # fmt: skip
+        }
 
     def _loop(
         self, stage, folder, start, loop, steps, schedule, objective, solver, batches, evaluate,
@@ -332,8 +332,9 @@ class Trainer:
         init = partial(init_state, solver, objective)
         checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
         if self.resume and checkpoints.latest_step() is not None:
-            state, shardings = abstract_state(init, self.mesh, start.params, key)
-            state, position, _ = checkpoints.restore(state)
+            like = sharded_shapes(jax.eval_shape(init, start.params, key), self.mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            state, position, _ = checkpoints.restore(like)
             batches.set_state(position)
             say(f"{stage}: going on from step {int(state.step)} of {steps}")
         else:

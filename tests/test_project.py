@@ -148,7 +148,7 @@ LAYERS = (
     ("terms",),
     ("objectives", "generate"),
     ("evaluate", "prepare", "validation", "loop", "step"),
-    ("train", "evaluation"),
+    ("train", "evaluation", "export"),
     ("cli",),
     ("__main__",),
 )  # fmt: skip

@@ -58,7 +58,7 @@ class _Projecting(nn.Module):
             name=name,
         )
         # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
-        # transposed copies, which nearly doubles the time of a step.
+        # transposed copies.
         return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
