@@ -21,19 +21,24 @@ _PUBLIC = {
         "alphadpo_loss ipo_loss slic_loss token_mean_nll chosen_hinge"
     ),
     "spo_jax.solvers": (
-        "SOLVERS Levels Solver SolverState make_levels make_penalty make_preference_only "
-        "make_inner_only"
+        "SOLVERS Levels Solver SolverState make_levels make_solver make_penalty "
+        "make_preference_only make_inner_only make_primal_dual make_dynamic_barrier "
+        "make_alternating make_unrolled make_unrolled_first_order"
     ),
-    "spo_jax.logprobs": "token_logprobs predictor_states scored_mask",
+    "spo_jax.logprobs": "token_logprobs token_spread predictor_states scored_mask",
     "spo_jax.objectives": "make_objective make_logprobs_fn completion_logprobs Objective",
-    "spo_jax.step": "make_train_step init_state shard_state",
+    "spo_jax.bandit": "Bandit make_shift_bandit make_bandit_levels simulate masses log_policy",
+    "spo_jax.step": "make_train_step jit_step init_state shard_state",
     "spo_jax.models": "Model Execution load_model load_params init_model save_pretrained",
     "spo_jax.generate": "generate",
+    "spo_jax.dynamics": "make_exact_law make_head_law make_mass law_terms loss_coefficients",
+    "spo_jax.text_statistics": "repetition distinct_n",
     "spo_jax.sharding": "make_mesh tree_shardings place_batch",
     "spo_jax.optimizers": "make_optimizer make_schedule",
     "spo_jax.config": "Config",
     "spo_jax.validation": "load_config",
     "spo_jax.train": "Trainer",
+    "spo_jax.report": "make_report",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 

@@ -49,6 +49,10 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The complete steps that are kept, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, data: dict[str, Any], run: dict[str, Any]) -> None:
         """Start writing ``step`` in the background; ``wait`` tells that it is on the disk.
 
@@ -133,7 +137,7 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int:
         """``step``, or the newest; an error where there is none."""
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise CheckpointError(f"no checkpoint in {self.folder}: there is nothing to resume")
         if step is not None and step not in steps:

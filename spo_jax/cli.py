@@ -18,6 +18,9 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax train CONFIG --resume                go on where a run stopped
   spo-jax export RUN OUT                       a folder that transformers loads
   spo-jax evaluate RUN_OR_MODEL --data FILE    held-out log-probs and margins
+  spo-jax dynamics CONFIG_OR_RUN               why probabilities moved: train with probes, or
+                                               probe a run's checkpoints
+  spo-jax report RUN                           figures and tables of a run as one HTML page
 """
 
 _TRAIN = """\
@@ -29,23 +32,40 @@ A whole section is given as a YAML mapping:
   spo-jax train CONFIG --loss '{name: simpo, beta: 2.5, gamma_beta_ratio: 0.4}'
 """
 
+_DYNAMICS = """\
+Probe why probabilities moved, on a fixed set of pairs, into dynamics.jsonl.
+
+The terms of the first-order law and what it predicts, the changes measured after a step, where
+the probability went (the policy's own completions), entropy, repetition.
+
+  spo-jax dynamics CONFIG    trains CONFIG as spo-jax train does, with probes on
+                             (dynamics.every: auto where it is not set)
+  spo-jax dynamics RUN       probes the checkpoints that a run keeps
+Any key can be set here as in spo-jax train.
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("spo-jax", description=_DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    for name, text in (("train", _TRAIN), ("sft", "Run only the SFT stage of CONFIG.\n")):
+    training = {
+        "train": (_TRAIN, "CONFIG", "YAML file"),
+        "sft": ("Run only the SFT stage of CONFIG.\n", "CONFIG", "YAML file"),
+        "dynamics": (_DYNAMICS, "CONFIG_OR_RUN", "YAML file, or folder of a run"),
+    }
+    for name, (text, argument, meaning) in training.items():
         command = commands.add_parser(
             name,
             help=text.splitlines()[0],
             description=text,
             formatter_class=raw,
-            usage=f"spo-jax {name} CONFIG [--resume] [--KEY VALUE ...]",
+            usage=f"spo-jax {name} {argument} [--resume] [--KEY VALUE ...]",
             add_help=False,
         )
         command.add_argument("-h", "--help", action="store_true", help="this text and every key")
-        command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
+        command.add_argument("config", nargs="?", metavar=argument, help=meaning)
         command.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint of the run"
         )
@@ -86,6 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--chat-template", help="Jinja template or its file")
     evaluate.add_argument("--compute-dtype", default="float32", help="[float32]")
     evaluate.add_argument("--output", help="also write the result as JSON here")
+
+    report = commands.add_parser(
+        "report",
+        help="Figures of one run, or of several side by side, as one HTML page.",
+        description="Write what RUN logged as one HTML page, and its figures as PNG files beside "
+        "it. Several runs are overlaid; of a run of several stages, preference and baseline are. "
+        "A run that is still going is shown as far as it went.",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="(default: RUN/report.html; ./report.html)"
+    )
+    report.add_argument("--label", nargs="+", metavar="NAME", help="one name for each RUN")
     return parser
 
 
@@ -112,10 +145,15 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from spo_jax.config import BUILTIN_TASK
     from spo_jax.config_io import ConfigError
     from spo_jax.loop import Stopped
-    from spo_jax.validation import load_config
 
     if options.config is None or options.config.startswith("-"):
         raise ConfigError(f"name a configuration: spo-jax {options.command} CONFIG (see --help)")
+    if options.command == "dynamics":
+        if Path(options.config).is_dir():
+            return _probe(options, overrides)
+        from spo_jax.probing import probed_config as load_config
+    else:
+        from spo_jax.validation import load_config
     config = load_config(options.config, _overrides(overrides))
     only = None
     if options.command == "sft":
@@ -126,7 +164,8 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             )
         only = "sft"
 
-    from spo_jax.train import Trainer, task_table
+    from spo_jax.builtin import task_table
+    from spo_jax.train import Trainer
 
     trainer = Trainer(config, resume=options.resume, only=only)
     try:
@@ -139,14 +178,34 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
         return 128 + stopped.signal_number
     if BUILTIN_TASK in (config.data.train, config.sft_data.train):
-        table = task_table(trainer, results)
+        table = task_table(config, trainer.root, results)
         print(_table(table, _title(config)))
     else:
         print(_table([{"stage": k, **v.metrics} for k, v in results.items()], "held out"))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")
+    if options.command == "dynamics":
+        return _probed([r.folder / "dynamics.jsonl" for r in results.values()], config.output_dir)
     last = results.get("preference") or list(results.values())[-1]
     print(f"Next: spo-jax export {last.folder} OUT")
+    return 0
+
+
+def _probe(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from spo_jax.config_io import ConfigError
+    from spo_jax.probing import probe_run
+
+    if options.resume:
+        raise ConfigError(
+            f"--resume would be ignored: {options.config} is a run, whose checkpoints are "
+            "probed. Name its configuration to go on training"
+        )
+    return _probed(probe_run(options.config, _overrides(overrides)), options.config)
+
+
+def _probed(written: list[Path], run: str) -> int:
+    print("\n".join(str(path) for path in written if path.exists()))
+    print(f"Next: spo-jax report {run}")
     return 0
 
 
@@ -215,6 +274,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from spo_jax.report import make_report
+
+    print(make_report(options.runs, options.out, labels=options.label))
+    return 0
+
+
 def _is_ours(error: BaseException) -> bool:
     """Raised by this package with words for the user, not by a library from inside."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -227,12 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if getattr(options, "help", False):
         return _help(parser, options.command)
-    if overrides and options.command not in ("train", "sft"):
+    if overrides and options.command not in ("train", "sft", "dynamics"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        if options.command in ("train", "sft"):
+        if options.command in ("train", "sft", "dynamics"):
             return _train(options, overrides)
-        return {"export": _export, "evaluate": _evaluate}[options.command](options)
+        return {"export": _export, "evaluate": _evaluate, "report": _report}[options.command](
+            options
+        )
     except KeyboardInterrupt:
         print("spo-jax: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

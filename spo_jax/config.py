@@ -132,6 +132,32 @@ class PreferenceLoopConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class DynamicsConfig:
+    """Probes of the probability dynamics on a fixed set of pairs, into dynamics.jsonl."""
+
+    every: Literal["auto"] | int | None = _key(
+        None,
+        "updates between probings, also before the first and after the last (default: none) | "
+        "auto: a twentieth of the steps",
+    )
+    pairs: int = _key(16, "pairs of the probe set, drawn from the training rows by the seed")
+    gradients: Literal["exact", "head", "none"] = _key(
+        "exact",
+        "per-pair gradients of the first-order law: exact (room for five copies of the "
+        "parameters in float32) | head (of the output head alone) | none",
+    )
+    own_step_rate: float = _key(
+        1e-5, "learning rate of the step on one pair alone that the law is checked with"
+    )
+    temperature: float = _key(1.0, "of the sampled completions")
+    max_new_tokens: int | None = _key(
+        None, "most tokens of the policy's own completions (default: the completion bucket)"
+    )
+    top_k: int = _key(10, "likeliest tokens whose mass is added up")
+    samples: int = _key(4, "of the pairs, how many are also written as text")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """The built-in arithmetic task (data.train: builtin:arithmetic)."""
 
@@ -170,9 +196,13 @@ class Config:
     solver: Named = field(default_factory=lambda: Named("penalty"))
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     outer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    inner: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-5)
+    )
     train: PreferenceLoopConfig = field(default_factory=PreferenceLoopConfig)
     sft: LoopConfig = field(default_factory=LoopConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
 
@@ -183,7 +213,8 @@ SECTIONS = {
     "loss": "the preference loss: name and its hyper-parameters",
     "solver": "the bilevel solver: name and its hyper-parameters",
     "outer": "optimizer of the preference update",
-    "inner": "optimizer of SFT updates",
+    "inner": "optimizer of the inner steps that some solvers take in the preference stage",
+    "sft_optimizer": "optimizer of the SFT stage",
     "train": "loop of the preference stage",
     "sft": "loop of the SFT stage",
 }

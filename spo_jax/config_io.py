@@ -53,12 +53,39 @@ def nearest(word: str, words: Sequence[str]) -> str:
 def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a YAML file and lay ``overrides`` (``{"outer.learning_rate": 5e-7}``) over it.
 
-    Checks keys and types; ``validation.validate`` checks what they mean together.
+    A file may begin with another one's keys, ``base: other.yaml`` (a path beside it): its own
+    are laid over them, key by key; a section with a ``name`` (loss, solver, an optimizer)
+    replaces the whole section.
 
     Raises:
-        ConfigError: a missing file, an unknown key or a value of the wrong type.
+        ConfigError: a missing file, one that is no YAML mapping, or bases that go in a circle.
     """
-    path = Path(path)
+    return override(_read_with_base(Path(path), ()), overrides or {})
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    tree = _read_file(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"base={base!r} of {path}: expected the path of a configuration")
+    above = (*above, path.resolve())
+    if (path.parent / base).resolve() in above:
+        raise ConfigError(f"base={base} of {path} goes in a circle: one must not have a base")
+    return _laid_over(_read_with_base(path.parent / base, above), tree)
+
+
+def _laid_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    found = _copy(below)
+    for key, value in tree.items():
+        old = found.get(key)
+        merged = isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value
+        found[key] = _laid_over(old, value) if merged else _copy(value)
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"no configuration at {path}{nearest(path.name, siblings)}")
@@ -68,7 +95,7 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of keys, got a {type(tree).__name__}")
-    return override(tree, overrides or {})
+    return tree
 
 
 def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ what is kept between the two passes is one log-normalizer a token.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from spo_jax.types import CompletionBatch
+from spo_jax.types import CompletionBatch, Params
 
 DEFAULT_CHUNK_TOKENS = 2048
 """Head rows in flight at once: logits of ``chunk_tokens * V * 4`` bytes (256 MiB at V = 32k)."""
@@ -29,6 +30,20 @@ def predictor_states(
     batch, branches, _, width = completion_hidden.shape
     first = jnp.broadcast_to(prompt_hidden[:, None, -1:, :], (batch, branches, 1, width))
     return jnp.concatenate([first, completion_hidden[:, :, :-1]], axis=2)
+
+
+def states_and_head(
+    model: Any, params: Params, batch: CompletionBatch
+) -> tuple[Float[Array, "B n C D"], Float[Array, "D V"]]:
+    """States that predict the completion tokens of ``batch``, and the head that does it with them.
+
+    ``model`` is a ``models.Model``; the head has the states' dtype.
+    """
+    prompt, completion = model.hidden(
+        params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens
+    )
+    states = predictor_states(prompt, completion)
+    return states, model.output_head(params).astype(states.dtype)
 
 
 def scored_mask(batch: CompletionBatch) -> Bool[Array, "B n C"]:
@@ -107,6 +122,8 @@ def _token_logprobs_backward(chunk_tokens, residuals, cotangent):
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
 
+    # Differentiated once more (by an unrolled solver), a chunk is recomputed, not kept.
+    @jax.checkpoint
     def body(head_gradient, piece):
         states, targets, log_z, ct = piece
         probabilities = jnp.exp(_logits(states, head) - log_z[..., None])
@@ -127,3 +144,28 @@ def _token_logprobs_backward(chunk_tokens, residuals, cotangent):
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+
+
+def token_spread(
+    hidden: Float[Array, "B n C D"],
+    head: Float[Array, "D V"],
+    *,
+    top_k: int,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+) -> tuple[Float[Array, "B n C"], Float[Array, "B n C"]]:
+    """How spread out ``p = softmax(hidden @ head)`` is at each position, float32.
+
+    ``-sum p log p`` over the whole vocabulary, in nats, and the probability that the ``top_k``
+    likeliest tokens have together. ``chunk_tokens`` is as in ``token_logprobs``.
+    """
+    batch, branches, length, _ = hidden.shape
+    chunk = _chunk_length(batch, branches, length, chunk_tokens)
+
+    def body(_, states):
+        logprobs = jax.nn.log_softmax(_logits(states, head), axis=-1)
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        likeliest, _ = jax.lax.top_k(logprobs, top_k)
+        return None, (entropy, jnp.sum(jnp.exp(likeliest), axis=-1))
+
+    _, (entropy, mass) = jax.lax.scan(body, None, _to_chunks(hidden, chunk))
+    return _from_chunks(entropy, length), _from_chunks(mass, length)

@@ -124,8 +124,13 @@ def run_loop(
     checkpoints: Checkpoints,
     progress: Progress,
     alarm: DisplacementAlarm | None = None,
+    probe: Callable[[int, TrainState], None] | None = None,
+    probe_every: int = 1,
 ) -> TrainState:
     """Go on from ``state.step`` to ``steps`` updates; saves at the end and when stopped.
+
+    ``probe(step, state)`` is called every ``probe_every`` updates, where it starts and at the
+    end; it must leave the state as it is.
 
     Metrics of a step are read after the next one is dispatched, so that the device
     never waits for the host.
@@ -190,8 +195,15 @@ def run_loop(
         if evaluate is not None:
             writer.write(step, {f"eval/{k}": v for k, v in evaluate(state).items()})
 
+    def probe_if_due() -> None:
+        if probe is not None and (done % probe_every == 0 or done == steps):
+            report()
+            probe(done, state)
+            throughput.pause()
+
     if done == 0 and loop.eval_every:
         look(0)
+    probe_if_due()
     with stop_signals() as received:
         try:
             while done < steps and not received:
@@ -214,6 +226,8 @@ def run_loop(
                     report()
                     try_to_save()
                     throughput.pause()
+                if not last and not received:
+                    probe_if_due()
             report()
             save_last()
         finally:
@@ -221,4 +235,5 @@ def run_loop(
         if received and done < steps:
             raise Stopped(done, received[0])
     look(steps)
+    probe_if_due()
     return state

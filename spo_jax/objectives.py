@@ -18,7 +18,7 @@ from spo_jax.losses import (
     alphadpo_init_statistics,
     alphadpo_update_statistics,
 )
-from spo_jax.solvers.base import Levels, gradient_of
+from spo_jax.solvers.base import Levels, gradient_of, gradients_of
 from spo_jax.terms import (
     Binding,
     Denominators,
@@ -155,7 +155,7 @@ class _Step:
             (_, value), aux = self.both(params, batch, (False, True))
             return value, aux
 
-        return Levels(outer, inner, self.both, self.gradient)
+        return Levels(outer, inner, self.both, self.gradient, self.gradients, self.merge)
 
     def both(self, params: Params, batch: BilevelBatch, wanted: Wanted = (True, True)):
         return self._finish(self._total(params, batch, wanted), wanted)
@@ -169,27 +169,50 @@ class _Step:
             return gradient_of(both, params, batch, weights)
         if callable(weights):
             weights = weights(*self.both(params, batch)[0])
-        return self._accumulated_gradient(params, batch, weights, wanted)
+        found, (grads,) = self._accumulated(params, batch, (weights,), wanted)
+        return found, grads
 
-    def _accumulated_gradient(self, params, batch, weights, wanted):
-        a, b = weights
+    def gradients(self, params: Params, batch: BilevelBatch):
+        if self.binding.inner_data == "sft":
+            # No pass is shared: each level apart is cheaper than two pullbacks through both.
+            ((value, _), aux), outer_grads = self.gradient(params, batch, (1.0, 0.0))
+            ((_, gap), inner_aux), inner_grads = self.gradient(params, batch, (0.0, 1.0))
+            return ((value, gap), self.merge(aux, inner_aux)), (outer_grads, inner_grads)
+        if self.micro_batches == 1:
+            return gradients_of(self.both, params, batch)
+        return self._accumulated(params, batch, ((1.0, 0.0), (0.0, 1.0)), (True, True))
+
+    @staticmethod
+    def merge(outer_aux, inner_aux):
+        (metrics, state), (inner_metrics, inner_state) = outer_aux, inner_aux
+        return {**metrics, **inner_metrics}, state._replace(inner_value=inner_state.inner_value)
+
+    def _accumulated(self, params, batch, weights, wanted):
+        """Gradients of ``a F + b g`` for each of ``weights``, over all micro-batches."""
         shared, split = self._shared(params, batch), split_micro_batches(batch, self.micro_batches)
 
-        def weighted(params, micro):
-            found = self._terms(params, micro, shared, wanted)
-            return a * found.outer + b * found.inner, found
-
+        # A solver that differentiates this recomputes one micro-batch at a time; else no effect.
+        @jax.checkpoint
         def add(carry, micro):
             total, grads = carry
-            micro_grads, found = jax.grad(weighted, has_aux=True)(params, micro)
-            grads = jax.tree.map(lambda g, m: g + m.astype(g.dtype), grads, micro_grads)
+
+            def levels(params):
+                found = self._terms(params, micro, shared, wanted)
+                return (found.outer, found.inner), found
+
+            _, pullback, found = jax.vjp(levels, params, has_aux=True)
+            grads = tuple(
+                jax.tree.map(lambda g, m: g + m.astype(g.dtype), total_grads, pullback(pair)[0])
+                for total_grads, pair in zip(grads, pairs, strict=True)
+            )
             return (jax.tree.map(jnp.add, total, found), grads), None
 
+        pairs = tuple(tuple(jnp.asarray(w, jnp.float32) for w in pair) for pair in weights)
         # float32 sums, whatever the parameters are.
-        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = (self._zero_terms(params, split, shared, wanted), grads)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        start = (self._zero_terms(params, split, shared, wanted), (zeros,) * len(pairs))
         (total, grads), _ = jax.lax.scan(add, start, split)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        grads = tuple(jax.tree.map(lambda p, g: g.astype(p.dtype), params, g) for g in grads)
         return self._finish(total, wanted), grads
 
     def _total(self, params, batch, wanted) -> Terms:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints import Checkpoints
@@ -56,7 +55,7 @@ from spo_jax.sharding import (
     sharded_shapes,
     tree_shardings,
 )
-from spo_jax.solvers import SOLVERS, Solver
+from spo_jax.solvers import SOLVERS
 from spo_jax.tasks import arithmetic
 from spo_jax.types import Params
 
@@ -287,8 +286,9 @@ def make_chain(config: OptimizerConfig, steps: int):
     )
 
 
-def make_solver(named: Named, **chains: optax.GradientTransformation) -> Solver:
-    """The solver of the table with its options and the optax chains it uses."""
-    accepted = inspect.signature(SOLVERS[named.name]).parameters
-    used = {k: v for k, v in chains.items() if k in accepted}
-    return SOLVERS[named.name](**used, **named.options)
+def inner_updates(named: Named) -> int:
+    """Updates of the inner chain in one update of the solver: the length of its schedule."""
+    parameters = inspect.signature(SOLVERS[named.name]).parameters
+    if "inner_steps" not in parameters:
+        return 1
+    return named.options.get("inner_steps", parameters["inner_steps"].default)

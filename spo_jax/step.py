@@ -35,6 +35,17 @@ def make_train_step(
     return step
 
 
+def jit_step(step: Any, shardings: Any = None) -> Any:
+    """``step`` compiled, with the state's buffers given over to the next state.
+
+    ``shardings`` are those of the state.
+    """
+    # An unrolled solver does not read the policy it replaces: kept all the same, so that its
+    # buffer is given over too.
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, keep_unused=True, out_shardings=out)
+
+
 def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
     """The state before the first update."""
     return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)

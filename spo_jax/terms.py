@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs
+from spo_jax.logprobs import scored_mask, states_and_head, token_logprobs
 from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
 from spo_jax.types import (
     CHOSEN,
@@ -58,11 +58,7 @@ def make_logprobs_fn(model: Any, *, chunk_tokens: int) -> LogprobsFn:
     """Token log-probs ``[B, n, C]`` of a batch in the pair layout, for a ``models.Model``."""
 
     def logprobs(params, batch):
-        prompt, completion = model.hidden(
-            params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens
-        )
-        states = predictor_states(prompt, completion)
-        head = model.output_head(params).astype(states.dtype)
+        states, head = states_and_head(model, params, batch)
         return token_logprobs(states, head, batch.completion_tokens, chunk_tokens=chunk_tokens)
 
     return logprobs

@@ -7,9 +7,38 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+
+class StepLines:
+    """A file of JSON lines, one or more a step; one process of a run writes (``active``).
+
+    Lines of a step that a resumed run does again, from ``first_step`` on, are dropped first.
+    ``steps`` are those of the lines kept.
+    """
+
+    def __init__(self, path: Path, *, first_step: int = 0, active: bool = True):
+        self._file = None
+        kept = _lines_before(path, first_step) if path.exists() else []
+        self.steps = frozenset(step for step, _ in kept)
+        if active and path.exists():
+            replace_text(path, "".join(line for _, line in kept))
+        if active:
+            self._file = path.open("a")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line, at once on the disk."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
 class MetricsWriter:
@@ -20,33 +49,30 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0, active: bool = True):
-        self._file = self._board = None
+        self._lines = self._board = None
         if not active:
             return
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            _keep_steps_before(path, first_step)
-        self._file = path.open("a")
+        self._lines = StepLines(folder / "metrics.jsonl", first_step=first_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; values that are not finite (a level that was not computed) are left out."""
-        if self._file is None:
+        if self._lines is None:
             return
         finite = {k: float(v) for k, v in metrics.items() if math.isfinite(float(v))}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._lines.write(step, finite)
         for key, value in finite.items():
             self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
             self._board.close()
 
 
-def _keep_steps_before(path: Path, first_step: int) -> None:
+def _lines_before(path: Path, first_step: int) -> list[tuple[int, str]]:
+    """The lines of steps before ``first_step``, each behind its step."""
     kept = []
     for line in path.read_text().splitlines():
         try:
@@ -54,15 +80,25 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
         except (ValueError, KeyError):
             continue  # a line cut short by a crash
         if step < first_step:
-            kept.append(line + "\n")
+            kept.append((step, line + "\n"))
+    return kept
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | int]]:
     """The lines of ``metrics.jsonl``."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 class Progress:

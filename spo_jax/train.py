@@ -3,63 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from spo_jax import __version__
-from spo_jax.checkpoints import (
-    Checkpoints,
-    load_reference,
-    save_reference,
-)
+from spo_jax.builtin import builtin_data
+from spo_jax.checkpoints import load_reference, save_reference
 from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named
 from spo_jax.config_io import changed_keys, read_tree, save_config
 from spo_jax.data import eval_batches, make_train_iterator
-from spo_jax.evaluate import complete, make_evaluate
-from spo_jax.loop import Batches, run_loop
-from spo_jax.losses import make_preference_loss
+from spo_jax.evaluate import make_evaluate
+from spo_jax.loop import Batches
+from spo_jax.losses import PreferenceLoss, make_preference_loss
 from spo_jax.objectives import Objective, make_logprobs_fn, make_objective
 from spo_jax.prepare import (
     MODEL_FOLDER,
     Policy,
     Rows,
+    inner_updates,
     is_run,
     load_policy,
     make_chain,
     make_reference_logprobs,
-    make_solver,
     prepare_rows,
     round_up,
     say,
-    task_problems,
 )
+from spo_jax.probe_set import make_probe_set
+from spo_jax.probes import Probes, probe_rhythm
 from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, sharded_shapes
-from spo_jax.solvers import SOLVERS
-from spo_jax.step import init_state, make_train_step, shard_state
-from spo_jax.tasks import arithmetic
-from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
+from spo_jax.solvers import make_inner_only, make_solver
+from spo_jax.stages import Stage, StageResult, run_stage
 from spo_jax.types import Params
 from spo_jax.validation import loss_function, solver_uses, unused_sections
 
 
 class RunExists(FileExistsError):
     """The run folder holds a run already, and nobody said to go on with it."""
-
-
-class StageResult(NamedTuple):
-    """Where a stage ended: the policy and its held-out metrics.
-
-    A later stage that starts from the policy may have taken over its buffers.
-    """
-
-    policy: Policy
-    metrics: dict[str, float]
-    folder: Path
 
 
 class Trainer:
@@ -148,45 +132,16 @@ class Trainer:
         if section not in self._rows:
             data = getattr(self.config, section)
             if data.train == BUILTIN_TASK:
-                data = self._builtin_data(section, policy)
+                data = builtin_data(self.config, section, policy, self.root, resume=self.resume)
             kind = "preference" if section == "data" else "sft"
             self._rows[section] = prepare_rows(
                 data, kind, policy.tokenizer, seed=self.config.seed, name=section
             )
         return self._rows[section]
 
-    def _builtin_data(self, section: str, policy: Policy):
-        """Write the task's rows into the run, as files like any other data."""
-        task, seed = self.config.task, self.config.seed
-        sft, preference, test = task_problems(task, seed)
-        data = getattr(self.config, section)
-        if section == "sft_data":
-            path, heldout = self.root / "sft.jsonl", self.root / "test.jsonl"
-            for file, problems in ((path, sft), (heldout, test)):
-                arithmetic.write_rows(file, [p._asdict() for p in problems])
-            return dataclasses.replace(data, train=str(path), eval=str(heldout))
-        path = self.root / "pairs.jsonl"
-        if not (self.resume and path.exists()):
-            say(f"sampling {task.samples} solutions of each of {len(preference)} problems")
-            samples = [
-                complete(
-                    policy.model,
-                    policy.params,
-                    policy.tokenizer,
-                    [p.prompt for p in preference],
-                    max_new_tokens=len(preference[0].completion) + 8,
-                    temperature=task.temperature,
-                    seed=seed + i,
-                )
-                for i in range(task.samples)
-            ]
-            pairs = arithmetic.make_pairs(preference, list(zip(*samples, strict=True)))
-            arithmetic.write_rows(path, pairs)
-        fraction = data.eval_fraction or 0.1
-        return dataclasses.replace(data, train=str(path), eval_fraction=fraction)
-
-    def _steps(self, loop: LoopConfig, steps_per_epoch: int) -> int:
-        return loop.steps or max(1, round(loop.epochs * steps_per_epoch))
+    def _steps(self, loop: LoopConfig, rows: Rows) -> int:
+        # Rows that fill no batch are left out of an epoch.
+        return loop.steps or max(1, round(loop.epochs * (len(rows.train) // loop.batch_size)))
 
     def _iterator(self, rows: Rows, batch_size: int, logprobs=None):
         return make_train_iterator(
@@ -219,66 +174,131 @@ class Trainer:
     def _sft(self, folder: Path, start: Policy) -> StageResult:
         loop = self.config.sft
         rows = self.rows("sft_data", start)
-        iterator = self._iterator(rows, loop.batch_size)
-        steps = self._steps(loop, iterator.steps_per_epoch)
-        optimizer, schedule = make_chain(self.config.inner, steps)
+        steps = self._steps(loop, rows)
+        optimizer, schedule = make_chain(self.config.sft_optimizer, steps)
         objective = self._objective(start, loop, loss=None, inner_data="sft", reference="none")
+        solver = make_inner_only(inner=optimizer)
+        stage = self._stage("sft", folder, start, loop, steps, schedule, objective, solver)
         evaluate = None
         if rows.heldout is not None:
             run = make_evaluate(objective, self._eval_batches(rows, loop), self.place)
             evaluate = lambda state: run(state.solver.params, state.objective)  # noqa: E731
-        solver = SOLVERS["inner_only"](inner=optimizer)
-        return self._loop(
-            "sft", folder, start, loop, steps, schedule, objective, solver,
-            Batches(sft=iterator), evaluate,
-        )  # fmt: skip
+        return self._train(stage, Batches(sft=self._iterator(rows, loop.batch_size)), evaluate)
 
-    def _preference(self, stage: str, folder: Path, start: Policy) -> StageResult:
-        config, loop = self.config, self.config.train
-        named = Named("preference_only") if stage == "baseline" else config.solver
-        with_sft = config.objective.inner_data == "sft" and named.name != "preference_only"
-        rows = self.rows("data", start)
-        sft_rows = self.rows("sft_data", start) if with_sft else None
+    def _stage(self, name: str, folder: Path, start: Policy, *assembled: Any) -> Stage:
+        key = jax.random.key_data(jax.random.key(self.config.seed))
+        return Stage(name, folder, start, self.mesh, key, *assembled)
+
+    def _train(self, stage: Stage, batches: Batches, evaluate: Any) -> StageResult:
+        donate = not self._start_is_needed(stage.name) and stage.reference_params is None
+        return run_stage(stage, batches, evaluate, resume=self.resume, donate=donate)
+
+    def _preference(self, name: str, folder: Path, start: Policy) -> StageResult:
+        loop, online = self.config.train, self.config.reference.mode == "online"
         reference = self._reference(folder, start)
+        stage = self.pair_stage(name, folder, start, reference if online else None)
+        rows, sft_rows = self.rows("data", start), self._inner_rows(name, start)
         found = self._frozen_logprobs(reference, start, rows, sft_rows, loop)
-
         iterator = self._iterator(rows, loop.batch_size, found.get("train"))
-        inner_size = loop.inner_batch_size or loop.batch_size
-        sft_iterator = self._iterator(sft_rows, inner_size, found.get("sft")) if with_sft else None
-        steps = self._steps(loop, iterator.steps_per_epoch)
-        outer, schedule = make_chain(config.outer, steps)
-        inner, inner_schedule = make_chain(config.inner, steps)
-        solver = make_solver(named, outer=outer, inner=inner)
-        if not solver_uses(named.name, "outer"):
-            schedule = inner_schedule
-        name = config.loss.name
-        bound = make_preference_loss(
-            loss_function(name) if ":" in name else name, **config.loss.options
-        )
-        options = {
-            "loss": bound,
-            "inner_value": config.objective.inner_value,
-            "regularizer": config.objective.regularizer,
-            "regularizer_weight": config.objective.regularizer_weight,
-            "reference": config.reference.mode,
-        }
-        inner_data = "sft" if with_sft else "chosen"
-        objective = self._objective(start, loop, inner_data=inner_data, **options)
-        reference_params = reference if config.reference.mode == "online" else None
+        inner = None
+        if sft_rows is not None:
+            inner = self._iterator(sft_rows, self._inner_size(), found.get("sft"))
         evaluate = None
         if rows.heldout is not None:
             # Held-out pairs are judged with the chosen as inner data, whatever training uses.
-            judged = self._objective(start, loop, inner_data="chosen", **options)
-            batches = self._eval_batches(rows, loop, found.get("heldout"))
-            run = make_evaluate(judged, batches, self.place)
+            judged = self._pair_objective(start, "chosen")
+            held = self._eval_batches(rows, loop, found.get("heldout"))
+            run = make_evaluate(judged, held, self.place)
             evaluate = lambda state: run(  # noqa: E731
-                solver.policy(state.solver), state.objective, reference_params
+                state.solver.params, state.objective, stage.reference_params
             )
-        return self._loop(
-            stage, folder, start, loop, steps, schedule, objective, solver,
-            Batches(iterator, sft_iterator), evaluate, reference_params,
+        return self._train(stage, Batches(iterator, inner), evaluate)
+
+    def pair_stage(
+        self, name: str, folder: Path, start: Policy, reference_params: Params | None
+    ) -> Stage:
+        """A stage of pairs, ``preference`` or ``baseline``, whole but for its batches."""
+        config, loop = self.config, self.config.train
+        named = self._solver_of(name)
+        rows, sft_rows = self.rows("data", start), self._inner_rows(name, start)
+        steps = self._steps(loop, rows)
+        outer, schedule = make_chain(config.outer, steps)
+        inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
+        solver = make_solver(named.name, outer=outer, inner=inner, **named.options)
+        if not solver_uses(named.name, "outer"):
+            schedule = inner_schedule
+        objective = self._pair_objective(start, "chosen" if sft_rows is None else "sft")
+        stage = self._stage(name, folder, start, loop, steps, schedule, objective, solver)
+        stage = stage._replace(
+            reference_params=reference_params,
             tolerance=float(named.options.get("tolerance", 0.0)),
-        )  # fmt: skip
+        )
+        if config.dynamics.every is None:
+            return stage
+        return stage._replace(
+            probes=self._probes(stage, rows, sft_rows),
+            probe_every=probe_rhythm(config.dynamics.every, steps),
+        )
+
+    def _solver_of(self, name: str) -> Named:
+        return Named("preference_only") if name == "baseline" else self.config.solver
+
+    def _inner_rows(self, name: str, start: Policy) -> Rows | None:
+        """SFT rows of the inner level, where they are not the chosen completions."""
+        own = self.config.objective.inner_data == "sft"
+        if own and self._solver_of(name).name != "preference_only":
+            return self.rows("sft_data", start)
+        return None
+
+    def _inner_size(self) -> int:
+        return self.config.train.inner_batch_size or self.config.train.batch_size
+
+    @cached_property
+    def _loss(self) -> PreferenceLoss:
+        name, options = self.config.loss.name, self.config.loss.options
+        return make_preference_loss(loss_function(name) if ":" in name else name, **options)
+
+    def _pair_objective(self, policy: Policy, inner_data: str) -> Objective:
+        config = self.config
+        return self._objective(
+            policy,
+            config.train,
+            loss=self._loss,
+            inner_data=inner_data,
+            inner_value=config.objective.inner_value,
+            regularizer=config.objective.regularizer,
+            regularizer_weight=config.objective.regularizer_weight,
+            reference=config.reference.mode,
+        )
+
+    def _probes(self, stage: Stage, rows: Rows, sft_rows: Rows | None) -> Probes:
+        config = self.config
+        probe_set = make_probe_set(
+            rows,
+            sft_rows,
+            pairs=config.dynamics.pairs,
+            batch_size=config.train.batch_size,
+            sft_batch_size=self._inner_size(),
+            seed=config.seed,
+        )
+        shapes = sharded_shapes(stage.start.model.abstract_params(), self.mesh)
+
+        def reference():
+            # Read anew each time: between probings there is no second model in memory.
+            online = stage.reference_params
+            return load_reference(stage.folder, shapes) if online is None else online
+
+        return Probes(
+            config.dynamics,
+            stage.start,
+            self._loss,
+            probe_set,
+            seed=config.seed,
+            mesh=self.mesh,
+            chunk_tokens=config.model.logprob_chunk,
+            frozen_in_batch=config.reference.mode == "precomputed",
+            reference=None if config.reference.mode == "none" else reference,
+        )
 
     def _reference(self, folder: Path, start: Policy) -> Params | None:
         """The reference parameters: those saved with the run, else reference.path, else start."""
@@ -322,77 +342,3 @@ class Trainer:
             for name, some in wanted.items()
             if some is not None
         }
-
-    def _loop(
-        self, stage, folder, start, loop, steps, schedule, objective, solver, batches, evaluate,
-        reference_params=None, *, tolerance=0.0,
-    ) -> StageResult:  # fmt: skip
-        """Compile the step, resume where there is something to resume, run to the end."""
-        key = jax.random.key_data(jax.random.key(self.config.seed))
-        init = partial(init_state, solver, objective)
-        checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
-        if self.resume and checkpoints.latest_step() is not None:
-            like = sharded_shapes(jax.eval_shape(init, start.params, key), self.mesh)
-            shardings = jax.tree.map(lambda x: x.sharding, like)
-            state, position, _ = checkpoints.restore(like)
-            batches.set_state(position)
-            say(f"{stage}: going on from step {int(state.step)} of {steps}")
-        else:
-            donate = not self._start_is_needed(stage) and reference_params is None
-            state, shardings = shard_state(init, self.mesh, start.params, key, donate=donate)
-        step = make_train_step(objective, solver, schedule=schedule, tolerance=tolerance)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        step_fn = lambda state, batch: step(state, batch, reference_params)  # noqa: E731
-
-        active = jax.process_index() == 0
-        done = int(state.step)
-        metrics: dict[str, float] = {}
-
-        def look(state):
-            metrics.update(evaluate(state))
-            return metrics
-
-        if done < steps:
-            writer = MetricsWriter(folder, first_step=done + 1, active=active)
-            state = run_loop(
-                step_fn, state, batches, name=stage, steps=steps, loop=loop, place=self.place,
-                evaluate=None if evaluate is None else look, writer=writer,
-                checkpoints=checkpoints, progress=Progress(stage, steps, done, active),
-                alarm=None if stage == "sft" else DisplacementAlarm(loop.alarm_log_ratio),
-            )  # fmt: skip
-            writer.close()
-        elif evaluate is not None:
-            look(state)
-        checkpoints.close()
-        return StageResult(
-            start._replace(params=solver.policy(state.solver)), dict(metrics), folder
-        )
-
-
-def task_table(trainer: Trainer, results: dict[str, StageResult]) -> list[dict[str, Any]]:
-    """Exact answers of each stage on the built-in task's test problems, with held-out metrics."""
-    config = trainer.config
-    _, _, test = task_problems(config.task, config.seed)
-    table = []
-    for stage, result in results.items():
-        texts = complete(
-            result.policy.model,
-            result.policy.params,
-            result.policy.tokenizer,
-            [p.prompt for p in test],
-            max_new_tokens=len(test[0].completion) + 8,
-        )
-        right = [arithmetic.is_correct(p.prompt, t) for p, t in zip(test, texts, strict=True)]
-        formed = [arithmetic.is_well_formed(t) for t in texts]
-        keys = ("log_ratio/chosen", "log_ratio/rejected", "rewards/margins", "rewards/accuracies")
-        table.append(
-            {
-                "stage": stage,
-                "accuracy": sum(right) / len(right),
-                "unanswered": 1 - sum(formed) / len(formed),
-                "problems": len(right),
-                **{k: result.metrics[k] for k in keys if k in result.metrics},
-            }
-        )
-    (trainer.root / "results.json").write_text(json.dumps(table, indent=2) + "\n")
-    return table

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config import BUILTIN_TASK, Config, DataConfig, LoopConfig, Named, OptimizerConfig
+import optax
+
+from spo_jax.config import (
+    BUILTIN_TASK,
+    Config,
+    DataConfig,
+    DynamicsConfig,
+    LoopConfig,
+    Named,
+    OptimizerConfig,
+)
 from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, read_tree
 from spo_jax.losses import LOSSES, hyperparameters, make_preference_loss
 from spo_jax.optimizers import optimizer_options
-from spo_jax.solvers import PENALTIES, SOLVERS
+from spo_jax.solvers import INSIDE, PENALTIES, SOLVERS, make_solver
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -44,16 +55,23 @@ def unused_sections(config: Config) -> dict[str, str]:
     preference = "preference" in config.stages or "baseline" in config.stages
     unused = {}
     if not sft_stage:
-        unused["sft"] = "no stage is sft"
+        unused["sft"] = unused["sft_optimizer"] = "no stage is sft"
         if config.objective.inner_data != "sft":
             unused["sft_data"] = "no stage is sft and objective.inner_data is not sft"
-        if not _takes_steps(config, "inner"):
-            unused["inner"] = f"no stage is sft, solver {config.solver.name} takes no inner steps"
+    if not _takes_steps(config, "inner"):
+        unused["inner"] = (
+            f"solver {config.solver.name} takes no inner steps (the stage sft has sft_optimizer)"
+        )
     if not preference:
-        for name in ("data", "loss", "objective", "solver", "outer", "train", "reference"):
+        pairs = ("data", "loss", "objective", "solver", "outer", "inner", "train", "reference")
+        for name in pairs:
             unused[name] = "no stage is preference"
     elif "preference" not in config.stages:
         unused["solver"] = "the only stage of pairs is baseline, whose solver is preference_only"
+    if not preference:
+        unused["dynamics"] = "no stage is preference"
+    elif config.dynamics.every is None:
+        unused["dynamics"] = "dynamics.every is not set, so nothing is probed"
     if BUILTIN_TASK not in (config.data.train, config.sft_data.train):
         unused["task"] = f"no data set is {BUILTIN_TASK}"
     if preference and not _takes_steps(config, "outer"):
@@ -62,13 +80,9 @@ def unused_sections(config: Config) -> dict[str, str]:
 
 
 def _takes_steps(config: Config, level: str) -> bool:
-    """Whether a stage of the run takes steps of ``level``."""
-    solvers = {
-        "sft": "inner_only",
-        "preference": config.solver.name,
-        "baseline": "preference_only",
-    }
-    return any(solver_uses(solvers[stage], level) for stage in config.stages)
+    """Whether a stage of pairs takes steps of ``level``."""
+    solvers = {"preference": config.solver.name, "baseline": "preference_only"}
+    return any(solver_uses(solvers[s], level) for s in config.stages if s in solvers)
 
 
 def solver_uses(name: str, level: str) -> bool:
@@ -139,6 +153,8 @@ def _check_options(section: str, chosen: Named, fn: Callable[..., Any]) -> None:
         kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
         if kind in ("float", "int") and not _is_number(value):
             raise ConfigError(f"{section}.{key}={value!r}: expected a number")
+        if kind == "int" and not isinstance(value, int):
+            raise ConfigError(f"{section}.{key}={value!r}: expected a whole number")
         if kind == "bool" and not isinstance(value, bool):
             raise ConfigError(f"{section}.{key}={value!r}: expected true or false")
 
@@ -160,27 +176,18 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
             f"{nearest(config.solver.name, list(SOLVERS))}"
         )
     _check_options("solver", config.solver, SOLVERS[config.solver.name])
+    _validate_solver(config)
     _check_options("loss", config.loss, loss_function(config.loss.name))
     if not config.stages:
         raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
     if len(set(config.stages)) != len(config.stages):
         raise ConfigError(f"stages={list(config.stages)}: a stage is named twice")
+    # `every: null` turns the probes of a configuration off, whatever else stands there.
+    off = "every" in (given.get("dynamics") or {}) and config.dynamics.every is None
     for section, reason in unused_sections(config).items():
-        if section in given:
+        if section in given and not (section == "dynamics" and off):
             raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
 
-    penalty = config.solver.options.get("penalty", "linear")
-    if config.solver.name == "penalty":
-        if penalty not in PENALTIES:
-            raise ConfigError(
-                f"solver.penalty={penalty!r}: choose one of {', '.join(PENALTIES)}"
-                f"{nearest(str(penalty), PENALTIES)}"
-            )
-        if penalty == "linear" and "tolerance" in config.solver.options:
-            raise ConfigError(
-                "solver.tolerance would be ignored: with penalty linear it drops out of the "
-                "gradient. Choose penalty: hinge or squared_hinge"
-            )
     _validate_objective(config, given)
     _validate_model(config)
     stages = set(config.stages)
@@ -196,8 +203,58 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
             _validate_optimizer("outer", config.outer)
     if "sft" in stages:
         _validate_stage("sft", config.sft, "sft_data", config.sft_data)
+        _validate_optimizer("sft_optimizer", config.sft_optimizer)
     if "inner" not in unused_sections(config):
         _validate_optimizer("inner", config.inner)
+    if "dynamics" not in unused_sections(config):
+        _validate_dynamics(config.dynamics)
+
+
+def _validate_solver(config: Config) -> None:
+    solver, options = config.solver.name, config.solver.options
+    for key, known in (("penalty", PENALTIES), ("inside", INSIDE)):
+        if options.get(key, known[0]) not in known:
+            raise ConfigError(
+                f"solver.{key}={options[key]!r}: choose one of {', '.join(known)}"
+                f"{nearest(str(options[key]), known)}"
+            )
+    linear = solver == "penalty" and options.get("penalty", "linear") == "linear"
+    if linear and "tolerance" in options:
+        raise ConfigError(
+            "solver.tolerance would be ignored: with penalty linear it drops out of the "
+            "gradient. Choose penalty: hinge or squared_hinge"
+        )
+    if options.get("inner_steps", 1) == 0:
+        raise ConfigError(
+            "solver.inner_steps=0: the section inner would be ignored. Choose solver "
+            "preference_only"
+        )
+    try:
+        make_solver(solver, outer=optax.identity(), inner=optax.identity(), **options)
+    except ValueError as error:
+        raise ConfigError(f"solver.{error}") from None
+    if solver == "unrolled" and config.inner.name != "sgd":
+        raise ConfigError(
+            f"inner.name={config.inner.name}: unrolled differentiates the inner step, and "
+            f"{config.inner.name} has no derivative where a gradient is zero. Use inner.name: "
+            "sgd, or solver unrolled_first_order"
+        )
+
+
+def _validate_dynamics(dynamics: DynamicsConfig) -> None:
+    for name in ("every", "pairs", "own_step_rate", "temperature", "max_new_tokens", "top_k"):
+        value = getattr(dynamics, name)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            hint = "; the greedy completion is probed anyway" if name == "temperature" else ""
+            raise ConfigError(f"dynamics.{name}={value}: expected a positive number{hint}")
+    if dynamics.samples < 0:
+        raise ConfigError(f"dynamics.samples={dynamics.samples}: expected 0 or more")
+    changed = dynamics.own_step_rate != DynamicsConfig().own_step_rate
+    if dynamics.gradients != "exact" and changed:
+        raise ConfigError(
+            f"dynamics.own_step_rate would be ignored: gradients {dynamics.gradients} take no "
+            "step on one pair alone. Set dynamics.gradients: exact"
+        )
 
 
 def _validate_objective(config: Config, given: Mapping[str, Any]) -> None:

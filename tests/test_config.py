@@ -8,7 +8,13 @@ import pytest
 import yaml
 
 from spo_jax.config import Config, Named, describe
-from spo_jax.config_io import ConfigError, config_from_tree, parse_value, save_config
+from spo_jax.config_io import (
+    ConfigError,
+    config_from_tree,
+    parse_value,
+    read_tree,
+    save_config,
+)
 from spo_jax.losses import LOSSES
 from spo_jax.solvers import SOLVERS
 from spo_jax.validation import checked_config, choices, load_config, unused_sections
@@ -118,9 +124,11 @@ def test_options_without_a_name_adjust_the_default_choice():
 
 
 def test_sections_given_in_part_keep_their_own_defaults():
-    config = config_from_tree({"inner": {"weight_decay": 0.1}, "outer": {"weight_decay": 0.2}})
-    assert config.inner == dataclasses.replace(Config().inner, weight_decay=0.1)
-    assert config.inner.learning_rate == Config().inner.learning_rate == 2e-5
+    config = config_from_tree(
+        {"sft_optimizer": {"weight_decay": 0.1}, "outer": {"weight_decay": 0.2}}
+    )
+    assert config.sft_optimizer == dataclasses.replace(Config().sft_optimizer, weight_decay=0.1)
+    assert config.sft_optimizer.learning_rate == Config().sft_optimizer.learning_rate == 2e-5
     assert config.outer.learning_rate == Config().outer.learning_rate == 1e-6
 
 
@@ -202,7 +210,8 @@ IGNORED = [
         {"solver": {"name": "preference_only", "penalty_weight": 1.0}},
         ["solver.penalty_weight would be ignored", "preference_only takes no options"],
     ),
-    ({"inner": {"learning_rate": 1e-5}}, ["inner would be ignored", "no stage is sft"]),
+    ({"inner": {"learning_rate": 1e-5}}, ["inner would be ignored", "takes no inner steps"]),
+    ({"sft_optimizer": {"learning_rate": 1e-5}}, ["sft_optimizer would be", "no stage is sft"]),
     ({"sft": {"steps": 3}}, ["sft would be ignored"]),
     ({"sft_data": {"train": "x"}}, ["sft_data would be ignored", "inner_data is not sft"]),
     ({"task": {"digits": 2}}, ["task would be ignored", "builtin:arithmetic"]),
@@ -246,7 +255,7 @@ def test_an_sft_run_has_no_preference_sections(section):
 
 
 def test_sections_that_a_stage_uses_are_taken():
-    checked_config(SFT, inner={"learning_rate": 1e-5})
+    checked_config(SFT, sft_optimizer={"learning_rate": 1e-5})
     # The baseline takes outer steps whatever the solver beside it takes.
     config = checked(
         stages=["preference", "baseline"],
@@ -278,6 +287,17 @@ def test_sections_that_a_stage_uses_are_taken():
         ({"solver.name": "penalti"}, ["solver.name='penalti'", "did you mean 'penalty'"]),
         ({"solver.penalty": "hing"}, ["solver.penalty='hing'", "did you mean 'hinge'"]),
         ({"solver.penalty_weight": "x"}, ["solver.penalty_weight='x'", "expected a number"]),
+        (
+            {"solver": {"name": "dynamic_barrier", "inside": "hole"}},
+            ["solver.inside='hole'", "did you mean 'hold'"],
+        ),
+        ({"solver": {"name": "dynamic_barrier", "strength": 0}}, ["solver.strength=0.0"]),
+        ({"solver": {"name": "primal_dual", "gap_decay": 1.0}}, ["solver.gap_decay=1.0"]),
+        ({"solver": {"name": "alternating", "inner_steps": 0}}, ["preference_only"]),
+        ({"solver": {"name": "alternating", "inner_steps": -1}}, ["solver.inner_steps=-1"]),
+        ({"solver": {"name": "alternating", "inner_steps": 1.5}}, ["expected a whole number"]),
+        ({"solver.penalty_weight": -1}, ["solver.penalty_weight=-1.0"]),
+        ({"solver.name": "unrolled"}, ["inner.name=adamw", "sgd", "unrolled_first_order"]),
         ({"train.steps": None}, ["train.steps or train.epochs, exactly one"]),
         ({"train.epochs": 1}, ["train.steps or train.epochs, exactly one"]),
         ({"model.path": None}, ["model.path", "model.init", "exactly one"]),
@@ -333,7 +353,7 @@ def test_an_sft_stage_is_checked_too():
     assert "sft_data.train is not set" in refused(SFT, sft_data__train=None)
     assert "unknown key sft.inner_batch_size" in refused(SFT, sft__inner_batch_size=2)
     assert "unknown key sft.alarm_log_ratio" in refused(SFT, sft__alarm_log_ratio=-1.0)
-    assert "inner.learning_rate=0.0" in refused(SFT, inner__learning_rate=0)
+    assert "sft_optimizer.learning_rate=0.0" in refused(SFT, sft_optimizer__learning_rate=0)
 
 
 def test_held_out_rows_allow_evaluation():
@@ -365,6 +385,44 @@ def test_a_loss_of_ones_own(monkeypatch):
     assert "importable from" in refused(loss={"name": "no_such_module:loss"})
 
 
+def test_a_file_is_laid_over_its_base(tmp_path):
+    (tmp_path / "below.yaml").write_text(
+        "seed: 3\nstages: [sft, preference]\ntrain: {steps: 5, batch_size: 4}\n"
+        "loss: {name: simpo, beta: 2.0, gamma_beta_ratio: 0.5}\n"
+    )
+    (tmp_path / "deeper").mkdir()
+    path = tmp_path / "deeper" / "above.yaml"
+    path.write_text(
+        "base: ../below.yaml\nstages: [preference]\nloss: {name: dpo, beta: 0.1}\n"
+        "train: {batch_size: 8}\n"
+    )
+    assert read_tree(path, {"train.steps": 6}) == {
+        "seed": 3,
+        "stages": ["preference"],
+        "loss": {"name": "dpo", "beta": 0.1},
+        "train": {"steps": 6, "batch_size": 8},
+    }
+
+
+def test_a_base_that_is_none_or_goes_in_a_circle(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: b.yaml\n")
+    with pytest.raises(ConfigError, match=r"no configuration at .*b\.yaml"):
+        read_tree(path)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"base=a\.yaml of .*b\.yaml goes in a circle"):
+        read_tree(path)
+    path.write_text("base: [b.yaml]\n")
+    with pytest.raises(ConfigError, match=r"base=\['b\.yaml'\] of .*: expected the path"):
+        read_tree(path)
+
+
+def test_the_unrolled_solver_with_the_chain_it_needs():
+    config = checked(solver={"name": "unrolled"}, inner={"name": "sgd", "learning_rate": 0.1})
+    assert "inner" not in unused_sections(config)
+    checked(solver={"name": "unrolled_first_order"}, inner={"learning_rate": 1e-4})
+
+
 SAVED = {
     "small": SMALL,
     "sft": SFT,
@@ -382,7 +440,7 @@ SAVED = {
         "data": {"train": "builtin:arithmetic"},
         "sft_data": {"train": "builtin:arithmetic"},
         "task": {"digits": 2},
-        "inner": {"weight_decay": 0.1},
+        "sft_optimizer": {"weight_decay": 0.1},
         "sft": {"epochs": 1.5},
         "train": {"steps": 3, "eval_every": 1, "save_every": 2},
     },
@@ -419,8 +477,8 @@ def test_help_names_every_key_with_its_default():
                 assert text.count(key) == 1, key
         else:
             assert f"--{item.name} " in text
-    inner = next(line for line in text.splitlines() if "--inner.learning-rate" in line)
-    assert inner.endswith("[2e-05]")
+    sft = next(line for line in text.splitlines() if "--sft_optimizer.learning-rate" in line)
+    assert sft.endswith("[2e-05]")
     for name in (*LOSSES, *SOLVERS):
         assert f"      {name}: " in text
     assert "simpo: beta, gamma_beta_ratio, label_smoothing [0.0]" in text

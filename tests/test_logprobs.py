@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs
+from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs, token_spread
 from spo_jax.types import CompletionBatch
 
 
@@ -110,3 +110,22 @@ def test_predictors_are_the_prompts_end_then_the_completion_itself():
     got = predictor_states(prompt, completion)[..., 0]
     np.testing.assert_array_equal(got[0], [[1, 10, 11], [1, 13, 14]])
     np.testing.assert_array_equal(got[1], [[3, 16, 17], [3, 19, 20]])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 18, 10_000])
+def test_spread_against_whole_distributions(chunk_tokens):
+    hidden, head, _ = inputs()
+    p = jax.nn.softmax(jnp.einsum("bncd,dv->bncv", hidden, head))
+    entropy, mass = token_spread(hidden, head, top_k=4, chunk_tokens=chunk_tokens)
+    np.testing.assert_allclose(entropy, -(p * jnp.log(p)).sum(axis=-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mass, jnp.sort(p)[..., -4:].sum(axis=-1), rtol=1e-5)
+    entropy, mass = token_spread(hidden, jnp.zeros_like(head), top_k=11)
+    np.testing.assert_allclose(entropy, np.log(11), rtol=1e-6)
+    np.testing.assert_allclose(mass, 1, rtol=1e-6)
+
+
+def test_spread_of_a_certain_token_is_finite():
+    hidden, head, _ = inputs()
+    entropy, mass = token_spread(1e4 * hidden, head, top_k=1)
+    np.testing.assert_allclose(entropy, 0, atol=1e-6)
+    np.testing.assert_allclose(mass, 1, rtol=1e-6)

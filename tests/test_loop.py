@@ -65,7 +65,10 @@ def total_after(steps):
     return int(total)
 
 
-def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, alarm=None, **loop):
+def run(
+    folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, alarm=None,
+    probe=None, probe_every=1, **loop,
+):  # fmt: skip
     """One start of a run in ``folder``, assembled as the trainer does it."""
     checkpoints = Checkpoints(folder, keep=keep)
     state, batches = start(), Batches(Source())
@@ -88,6 +91,8 @@ def run(folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, 
             checkpoints=checkpoints,
             progress=Progress("preference", steps, done),
             alarm=alarm,
+            probe=probe,
+            probe_every=probe_every,
         )
     finally:
         writer.close()
@@ -138,6 +143,63 @@ def test_rhythms_that_meet_the_end_do_not_repeat_it(tmp_path):
     # Without eval_every the end is looked at all the same.
     run(tmp_path / "other", steps=2, evaluate=held_out)
     assert looked(tmp_path / "other") == [(2, 1.0)]
+
+
+class Probe:
+    """Notes what it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, step, state):
+        self.seen.append((step, int(state.step), int(state.solver["total"])))
+
+    @property
+    def steps(self):
+        assert all(step == own for step, own, _ in self.seen)
+        assert all(total == total_after(step) for step, _, total in self.seen)
+        return [step for step, _, _ in self.seen]
+
+
+def test_the_rhythm_of_probes(tmp_path):
+    probe = Probe()
+    run(tmp_path / "a", probe=probe, probe_every=3)
+    assert probe.steps == [0, 3, 6, 7]
+    probe = Probe()
+    run(tmp_path / "b", steps=4, probe=probe, probe_every=2)
+    assert probe.steps == [0, 2, 4]
+    probe = Probe()
+    run(tmp_path / "c", steps=2, probe=probe, probe_every=100)
+    assert probe.steps == [0, 2]
+
+
+def test_a_signal_is_not_kept_waiting_by_a_probe(tmp_path):
+    """What it left out is done where the run goes on."""
+    probe = Probe()
+    with pytest.raises(Stopped, match="at step 4"):
+        run(tmp_path, step_fn=stopping(3, signal.SIGTERM), probe=probe, probe_every=2)
+    assert probe.steps == [0, 2]
+    probe = Probe()
+    run(tmp_path, resume=True, probe=probe, probe_every=2)
+    assert probe.steps == [4, 6, 7]
+
+
+def test_probing_is_no_training_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("spo_jax.loop.time", clock)
+
+    def a_second(state, batch):
+        clock.now += 1
+        return step_fn(state, batch)
+
+    def slow(step, state):
+        clock.now += 1000
+
+    run(tmp_path, steps=12, step_fn=a_second, probe=slow, probe_every=5)
+    speeds = [line.get("tokens_per_second") for line in training_lines(tmp_path)]
+    # 14 real tokens a second; that of the first, compiled step is not known.
+    assert min(speeds[4:]) > 10
 
 
 def stopping(at, number):

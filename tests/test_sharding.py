@@ -23,7 +23,7 @@ from spo_jax.sharding import (
     tree_shardings,
 )
 from spo_jax.solvers import make_penalty
-from spo_jax.step import init_state, make_train_step, shard_state
+from spo_jax.step import init_state, jit_step, make_train_step, shard_state
 from spo_jax.types import BilevelBatch, TrainState
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 
@@ -162,7 +162,7 @@ def one_step(mesh):
     init = partial(init_state, solver, objective)
     state, shardings = shard_state(init, mesh, tiny_params(MODEL), key)
     step = make_train_step(objective, solver, schedule=schedule)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step = jit_step(step, shardings)
     return step(state, place_batch(BilevelBatch(random_batch(filler=1)), mesh))
 
 

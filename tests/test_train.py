@@ -45,7 +45,7 @@ TREE = {
         "test_problems": 8,
         "samples": 2,
     },
-    "inner": {"learning_rate": 1e-2},
+    "sft_optimizer": {"learning_rate": 1e-2},
     "sft": {"steps": 4, "batch_size": 8},
     "loss": {"name": "alphadpo", "beta": 2.0, "gamma_beta_ratio": 0.3, "alpha": 0.1},
     "outer": {"learning_rate": 1e-3},

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
+import optax
+
+from spo_jax.solvers.alternating import make_alternating
 from spo_jax.solvers.base import Levels, Solver, SolverState, make_levels
+from spo_jax.solvers.dynamic_barrier import INSIDE, make_dynamic_barrier
 from spo_jax.solvers.inner_only import make_inner_only
 from spo_jax.solvers.penalty import PENALTIES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
+from spo_jax.solvers.primal_dual import make_primal_dual
+from spo_jax.solvers.unrolled import make_unrolled, make_unrolled_first_order
 
 __all__ = [
+    "INSIDE",
     "PENALTIES",
     "SOLVERS",
     "Levels",
     "Solver",
     "SolverState",
+    "make_alternating",
+    "make_dynamic_barrier",
     "make_inner_only",
     "make_levels",
     "make_penalty",
     "make_preference_only",
+    "make_primal_dual",
+    "make_solver",
+    "make_unrolled",
+    "make_unrolled_first_order",
 ]
 
 SOLVERS: dict[str, Callable[..., Solver]] = {
     "preference_only": make_preference_only,
     "penalty": make_penalty,
+    "primal_dual": make_primal_dual,
+    "dynamic_barrier": make_dynamic_barrier,
+    "alternating": make_alternating,
+    "unrolled": make_unrolled,
+    "unrolled_first_order": make_unrolled_first_order,
     "inner_only": make_inner_only,
 }
 """NAME -> factory. Keywords ``outer`` and ``inner`` are the optax chains a solver uses; the rest
 are its hyper-parameters."""
+
+
+def make_solver(
+    name: str,
+    *,
+    outer: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
+    **options: Any,
+) -> Solver:
+    """The solver ``name`` of the table with its options, and with the chains that it uses.
+
+    Raises:
+        ValueError: an option's value that the solver refuses.
+    """
+    parameters = inspect.signature(SOLVERS[name]).parameters
+    chains = {"outer": outer, "inner": inner}
+    used = {k: v for k, v in chains.items() if k in parameters}
+    # A configuration may well say 1 where 1.0 is meant.
+    whole = {k: float(v) for k, v in options.items() if parameters[k].annotation == "float"}
+    return SOLVERS[name](**used, **options | whole)

@@ -32,23 +32,32 @@ class Levels(NamedTuple):
     """The two levels as functions; ``both`` shares one forward pass where data are shared.
 
     ``outer(params, batch) -> (F, aux)``, ``inner(params, batch) -> (g, aux)``,
-    ``both(params, batch) -> ((F, g), aux)``, all differentiable, and
-    ``gradient(params, batch, weights) -> (((F, g), aux), grads)``, the gradient of the
-    weighted sum at the price of one plain step. A level that was not computed has the
-    value NaN.
+    ``both(params, batch) -> ((F, g), aux)``, all differentiable.
+    ``gradient(params, batch, weights) -> (((F, g), aux), grads)`` is the gradient of the
+    weighted sum at the price of one plain step; a level that was not computed has the value
+    NaN. It can be differentiated again.
+    ``gradients(params, batch) -> (((F, g), aux), (grad F, grad g))`` gives the two apart, for
+    one more backward pass where the levels share their forward pass.
+    ``merge(outer_aux, inner_aux) -> aux`` makes one of the ``aux`` of two calls that computed
+    one level each: what belongs to the inner level is taken from ``inner_aux``.
     """
 
     outer: Callable[[Params, Batch], tuple[Scalar, Aux]]
     inner: Callable[[Params, Batch], tuple[Scalar, Aux]]
     both: Callable[[Params, Batch], tuple[tuple[Scalar, Scalar], Aux]]
     gradient: Callable[[Params, Batch, Weights], tuple[tuple[tuple[Scalar, Scalar], Aux], Params]]
+    gradients: Callable[
+        [Params, Batch], tuple[tuple[tuple[Scalar, Scalar], Aux], tuple[Params, Params]]
+    ]
+    merge: Callable[[Aux, Aux], Aux]
 
 
 class SolverState(NamedTuple):
-    """What a solver carries: parameters, one optimizer state a level, and its own variables.
+    """What a solver carries: the policy, one optimizer state a level, and its own variables.
 
-    ``inner`` is ``()`` in solvers that take no separate inner steps; ``variables`` holds
-    multipliers and averages, ``()`` where there are none.
+    ``params`` is always the policy: what is evaluated, exported and checkpointed as such.
+    ``outer`` or ``inner`` is ``()`` in solvers without steps of that level; ``variables``
+    holds what else there is (multipliers, averages, the outer iterate), ``()`` for nothing.
     """
 
     params: Params
@@ -60,13 +69,11 @@ class SolverState(NamedTuple):
 class Solver(NamedTuple):
     """``init(params) -> state`` and ``update(state, batch, levels) -> (state, (aux, metrics))``.
 
-    ``policy(state)`` gives the parameters that are evaluated and exported; ``metrics``
-    are the solver's own scalars.
+    ``aux`` is that of the levels, handed on; ``metrics`` are the solver's own scalars.
     """
 
     init: Callable[[Params], SolverState]
     update: Callable[[SolverState, Batch, Levels], Update]
-    policy: Callable[[SolverState], Params] = lambda state: state.params
 
 
 def make_levels(
@@ -95,7 +102,15 @@ def make_levels(
                 return ((nan, value), (None, aux)), scale(grads, b)
         return gradient_of(both, params, batch, weights)
 
-    return Levels(outer, inner, both, gradient)
+    def gradients(params, batch):
+        (f, outer_aux), outer_grads = jax.value_and_grad(outer, has_aux=True)(params, batch)
+        (g, inner_aux), inner_grads = jax.value_and_grad(inner, has_aux=True)(params, batch)
+        return ((f, g), (outer_aux, inner_aux)), (outer_grads, inner_grads)
+
+    def merge(outer_aux, inner_aux):
+        return outer_aux[0], inner_aux[1]
+
+    return Levels(outer, inner, both, gradient, gradients, merge)
 
 
 def scale(tree: Params, factor: Any) -> Params:
@@ -109,16 +124,67 @@ def gradient_of(both, params: Params, batch: Batch, weights: Weights):
     """Gradient of ``a F + b g`` by one forward and one backward pass through ``both``."""
     values, pullback, aux = jax.vjp(lambda p: both(p, batch), params, has_aux=True)
     a, b = weights(*values) if callable(weights) else weights
-    cotangent = tuple(jnp.asarray(w, v.dtype) for w, v in zip((a, b), values, strict=True))
-    (grads,) = pullback(cotangent)
-    return (values, aux), grads
+    return (values, aux), _pull(pullback, values, (a, b))
+
+
+def gradients_of(both, params: Params, batch: Batch):
+    """``grad F`` and ``grad g`` by one forward and two backward passes through ``both``."""
+    values, pullback, aux = jax.vjp(lambda p: both(p, batch), params, has_aux=True)
+    return (values, aux), tuple(_pull(pullback, values, w) for w in ((1.0, 0.0), (0.0, 1.0)))
+
+
+def _pull(pullback, values, weights) -> Params:
+    pairs = zip(weights, values, strict=True)
+    (grads,) = pullback(tuple(jnp.asarray(w, v.dtype) for w, v in pairs))
+    return grads
 
 
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, optimizer_state: Any, params: Params
 ) -> tuple[Params, Any, dict[str, Scalar]]:
     """One optax step; returns the parameters, the state and ``grad_norm`` / ``update_norm``."""
-    grad_norm = optax.tree.norm(grads)
+    metrics = {"grad_norm": optax.tree.norm(grads)}
     updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-    metrics = {"grad_norm": grad_norm, "update_norm": optax.tree.norm(updates)}
+    metrics["update_norm"] = optax.tree.norm(updates)
     return optax.apply_updates(params, updates), optimizer_state, metrics
+
+
+def inner_product(left: Params, right: Params) -> Scalar:
+    """``<left, right>`` over all leaves, in float32 or wider whatever the leaves are."""
+
+    def dot(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+    return sum(jax.tree.leaves(jax.tree.map(dot, left, right)))
+
+
+def take_inner_steps(
+    inner: optax.GradientTransformation,
+    params: Params,
+    inner_state: Any,
+    batch: Batch,
+    levels: Levels,
+    *,
+    inner_steps: int,
+) -> tuple[Params, Any, Aux, dict[str, Scalar]]:
+    """``inner_steps`` (at least 1) updates of the ``inner`` chain on ``grad g``, all on ``batch``.
+
+    Returns the parameters, the chain's state, and ``aux`` and norm of the gradient of the
+    first step, which is taken at ``params``. Differentiable; each step is recomputed in the
+    backward pass, so that one step's activations are in memory at a time.
+    """
+
+    @jax.checkpoint
+    def step(carry, _):
+        params, inner_state = carry
+        (_, aux), grads = levels.gradient(params, batch, (0.0, 1.0))
+        updates, inner_state = inner.update(grads, inner_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, inner_state), (aux, optax.tree.norm(grads))
+
+    carry, (aux, norm) = step((params, inner_state), None)
+    if inner_steps > 1:
+        carry, _ = jax.lax.scan(step, carry, length=inner_steps - 1)
+    metrics = {"inner_grad_norm": norm, "inner_steps": jnp.asarray(inner_steps, jnp.int32)}
+    return *carry, aux, metrics

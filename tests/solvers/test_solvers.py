@@ -192,32 +192,3 @@ def test_gradients_of_levels_are_weighted_sums():
     # Weights that depend on the values are held fixed, not differentiated.
     (values, _), grads = gradient_of(problem.both, at, 0, lambda f, g: (1.0, g))
     assert_near(grads, jax.tree.map(lambda a, b: a + values[1] * b, to_a, to_b))
-
-
-@pytest.mark.parametrize(
-    "solver",
-    [
-        make_preference_only(outer=optax.adam(0.1)),
-        make_penalty(outer=optax.adam(0.1), penalty="squared_hinge"),
-        make_inner_only(inner=optax.adam(0.1)),
-    ],
-)
-def test_the_state_is_donated_and_keeps_its_structure(solver):
-    step = jax.jit(lambda state: solver.update(state, 0, levels())[0], donate_argnums=0)
-    state = solver.init(jax.tree.map(jnp.array, START))
-    before = jax.tree.leaves(state)
-    after = step(state)
-    assert all(leaf.is_deleted() for leaf in before)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(after)]
-    assert shapes == [(x.shape, x.dtype) for x in before]
-    assert solver.policy(after) is after.params
-    again = step(after)
-    assert int(jax.tree.leaves(again.outer or again.inner)[0]) == 2, "Adam counts two updates"
-
-
-def test_half_precision_parameters_stay_so():
-    solver = make_penalty(outer=optax.sgd(0.1), penalty="hinge", tolerance=-1.0)
-    start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), START)
-    state, _, _ = run(solver, 3, start=start)
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}

@@ -1,0 +1,164 @@
+"""Step time and peak memory of each solver relative to ``preference_only``, interleaved in one run.
+
+    python benchmarks/solvers.py
+
+A Llama of 56 million parameters (hidden 512, 8 layers, 8 heads over 4 kv heads, intermediate
+1408, vocabulary 32,000), 4 pairs of prompt 128 and completion 384, float32,
+AdamW, random weights. Every solver takes the same pairs; those with SFT data of their own also
+4 rows of the same lengths. The seconds are medians of ratios within one round, so that a noisy
+machine disturbs them little; the memory is what the compiler reports for the step: arguments,
+results that do not reuse them, and temporaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from spo_jax.losses import make_preference_loss
+from spo_jax.models import Execution, init_model
+from spo_jax.objectives import make_logprobs_fn, make_objective
+from spo_jax.solvers import make_solver
+from spo_jax.step import init_state, jit_step, make_train_step
+from spo_jax.types import BilevelBatch, CompletionBatch
+
+SIDES = {
+    "preference_only": ("chosen", {}),
+    "penalty": ("chosen", {}),
+    "penalty, squared hinge": ("chosen", {"penalty": "squared_hinge"}),
+    "primal_dual": ("chosen", {}),
+    "dynamic_barrier": ("chosen", {}),
+    "alternating": ("chosen", {}),
+    "unrolled_first_order": ("chosen", {}),
+    "unrolled": ("chosen", {}),
+    "penalty, SFT data": ("sft", {}),
+    "primal_dual, SFT data": ("sft", {}),
+    "dynamic_barrier, SFT data": ("sft", {}),
+}
+FORWARD = "forward pass alone"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--completion", type=int, default=384, help="tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--remat", default="none", help="none | full | dots | dots_no_batch")
+    parser.add_argument("--only", nargs="*", help="solvers beside preference_only")
+    options = parser.parse_args()
+    model = init_model(
+        {
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": options.hidden,
+            "intermediate_size": options.hidden * 11 // 4,
+            "num_hidden_layers": options.layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": options.hidden // 8,
+            "rope_theta": 1e4,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+        },
+        Execution(remat=options.remat),
+    )
+    params = model.init(jax.random.key(0))
+    millions = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+    print(f"{millions:.1f} M parameters, jax {jax.__version__}, {jax.devices()[0].platform}")
+    logprobs = make_logprobs_fn(model, chunk_tokens=512)
+    sides = {n: s for n, s in SIDES.items() if not options.only or n in options.only}
+    sides = {"preference_only": SIDES["preference_only"], **sides}
+
+    key = np.asarray(jax.random.key_data(jax.random.key(0)))
+    problems = {name: make_problem(name, *side, logprobs) for name, side in sides.items()}
+    batches = {sft: make_batch(options, sft=sft) for sft in (False, True)}
+    compiled, memory = {}, {}
+    for name, (step, init) in problems.items():
+        batch = batches["SFT" in name]
+        compiled[name] = jit_step(step).lower(jax.eval_shape(init, params, key), batch).compile()
+        found = compiled[name].memory_analysis()
+        memory[name] = (
+            found.argument_size_in_bytes + found.output_size_in_bytes
+            - found.alias_size_in_bytes + found.temp_size_in_bytes
+        )  # fmt: skip
+        print(f"compiled {name}", flush=True)
+
+    objective = make_objective(logprobs, make_preference_loss("dpo", beta=0.1))
+    forward = jax.jit(lambda p, b: objective.levels(objective.init()).both(p, b)[0])
+    seconds: dict[str, list[float]] = {name: [] for name in (FORWARD, *sides)}
+    for number in range(options.rounds + 1):
+        for name in seconds:
+            batch = batches["SFT" in name]
+            if name == FORWARD:
+                run = partial(forward, params)
+            else:
+                # Made anew and dropped: one train state is in memory at a time.
+                state = jax.block_until_ready(jax.jit(problems[name][1])(params, key))
+                run = partial(compiled[name], state)
+            start = time.perf_counter()
+            jax.block_until_ready(run(batch))
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+            state = run = None
+    base = seconds["preference_only"]
+    print(f"{'solver':>26} {'s/step':>8} {'time':>7} {'lowest':>7} {'GB':>6} {'memory':>7}")
+    for name, found in seconds.items():
+        ratios = [mine / plain for mine, plain in zip(found, base, strict=True)]
+        held = memory.get(name)
+        print(
+            f"{name:>26} {statistics.median(found):8.2f} {statistics.median(ratios):6.2f}x "
+            f"{min(found) / min(base):6.2f}x"
+            + (f" {held / 1e9:6.2f} {held / memory['preference_only']:6.2f}x" if held else "")
+        )
+    passed = [1 - f / p for f, p in zip(seconds[FORWARD], base, strict=True)]
+    tokens = options.prompt + 2 * options.completion
+    share = (options.prompt + options.completion) / tokens
+    print(
+        "time: median ratio within a round; lowest: ratio of the fastest steps.\n"
+        f"One more backward pass of the pairs: {1 + statistics.median(passed):.2f}x. "
+        f"SFT rows bring {100 * share:.0f} % more tokens: {1 + share:.2f}x."
+    )
+
+
+def make_problem(name: str, inner_data: str, extra: dict, logprobs):
+    """The update of one solver and ``(params, key) -> state``."""
+    loss = make_preference_loss("dpo", beta=0.1)
+    objective = make_objective(logprobs, loss, inner_data=inner_data)
+    chains = {"outer": optax.adamw(1e-6), "inner": optax.sgd(1e-3)}
+    solver = make_solver(name.split(",")[0], **chains, **extra)
+    step = make_train_step(objective, solver, schedule=optax.constant_schedule(1e-6))
+    return step, partial(init_state, solver, objective)
+
+
+def make_batch(options: argparse.Namespace, *, sft: bool) -> BilevelBatch:
+    """Random rows that fill their lengths, with log-probs of a reference."""
+    rng = np.random.default_rng(0)
+    rows, prompt, completion = options.pairs, options.prompt, options.completion
+
+    def batch(branches: int) -> CompletionBatch:
+        return CompletionBatch(
+            prompt_tokens=rng.integers(0, 32000, (rows, prompt)).astype(np.int32),
+            prompt_mask=np.ones((rows, prompt), bool),
+            completion_tokens=rng.integers(0, 32000, (rows, branches, completion)).astype(np.int32),
+            completion_mask=np.ones((rows, branches, completion), bool),
+            row_ids=np.arange(rows, dtype=np.int32),
+            reference_logprobs=np.full((rows, branches), -10.4 * completion, np.float32),
+        )
+
+    pairs = batch(2)
+    rows_of_sft = batch(1) if sft else None
+    return jax.tree.map(jax.numpy.asarray, BilevelBatch(pairs, rows_of_sft))
+
+
+if __name__ == "__main__":
+    main()

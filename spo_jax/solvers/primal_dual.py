@@ -1,0 +1,86 @@
+"""The penalty's weight found by the run itself: ascent on the multiplier of ``g <= tolerance``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from spo_jax.solvers.base import Scalar, Solver, SolverState, apply_gradients
+from spo_jax.solvers.penalty import penalty_slope
+
+
+class PrimalDualVariables(NamedTuple):
+    """The multiplier, and the gap's exponential average (bias-corrected by ``weight``)."""
+
+    multiplier: Scalar
+    average: Scalar
+    weight: Scalar
+
+
+def make_primal_dual(
+    *,
+    outer: optax.GradientTransformation,
+    tolerance: float = 0.0,
+    multiplier_learning_rate: float = 1.0,
+    multiplier_init: float = 0.0,
+    max_multiplier: float = 100.0,
+    gap_decay: float = 0.9,
+) -> Solver:
+    """Update: the ``outer`` chain on ``grad [F + m max(0, g - tolerance)]``, then ascent on ``m``.
+
+    ``m <- clip(m + multiplier_learning_rate (average - tolerance), 0, max_multiplier)``, with
+    ``average`` the exponential average (decay ``gap_decay``, bias-corrected) of the batches'
+    gaps, this one included; gaps and ``tolerance`` are in nats per token. The weight rises
+    while the policy is outside the safe region and falls inside, so only the tolerance is to
+    be chosen. Source: METHOD section 4.
+
+    Metrics: ``multiplier`` (that of this update), ``penalty_weight`` (what multiplied
+    ``grad g``: the multiplier or 0) and ``gap_average``.
+
+    Cost: as ``penalty`` with the hinge: one forward and one backward pass, one more forward
+    pass under gradient accumulation, and those of the SFT rows where the inner level has data
+    of its own.
+
+    Raises:
+        ValueError: a negative rate or multiplier, or a decay outside ``[0, 1)``.
+    """
+    if multiplier_learning_rate < 0:
+        raise ValueError(f"multiplier_learning_rate={multiplier_learning_rate}: use 0 or more")
+    if not 0 <= multiplier_init <= max_multiplier:
+        raise ValueError(
+            f"multiplier_init={multiplier_init}: expected 0 to max_multiplier={max_multiplier}"
+        )
+    if not 0 <= gap_decay < 1:
+        raise ValueError(f"gap_decay={gap_decay}: expected 0 <= gap_decay < 1 (0: no average)")
+
+    def init(params):
+        variables = PrimalDualVariables(
+            jnp.asarray(multiplier_init, jnp.float32), jnp.zeros(()), jnp.zeros(())
+        )
+        return SolverState(params, outer.init(params), (), variables)
+
+    def update(state, batch, levels):
+        multiplier, average, weight = state.variables
+
+        def weights(_, gap):
+            slope = penalty_slope(gap, penalty="hinge", tolerance=tolerance)
+            return 1.0, multiplier * slope
+
+        (values, aux), grads = levels.gradient(state.params, batch, weights)
+        params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
+        gap = values[1].astype(jnp.float32)
+        average = gap_decay * average + (1 - gap_decay) * gap
+        weight = gap_decay * weight + (1 - gap_decay)
+        gap_average = average / weight
+        ascended = multiplier + multiplier_learning_rate * (gap_average - tolerance)
+        variables = PrimalDualVariables(jnp.clip(ascended, 0, max_multiplier), average, weight)
+        metrics |= {
+            "multiplier": multiplier,
+            "penalty_weight": jnp.asarray(weights(*values)[1], jnp.float32),
+            "gap_average": gap_average,
+        }
+        return SolverState(params, outer_state, (), variables), (aux, metrics)
+
+    return Solver(init, update)
