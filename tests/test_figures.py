@@ -293,8 +293,8 @@ def test_runs_of_one_tolerance_share_their_region_others_have_their_own():
     other = draw("gap", runs)
     assert sorted(high for _, high in bands(other.axes[0])) == pytest.approx([0, 0.5])
     texts = legend_texts(other)
-    assert "safe region: gap ≤ 0.50 (a)" in texts
-    assert "safe region: gap ≤ 0.00 (b)" in texts
+    assert "safe region: gap ≤ 0.5 (a)" in texts
+    assert "safe region: gap ≤ 0 (b)" in texts
 
 
 def test_the_edge_of_a_region_is_in_sight_when_all_gaps_lie_below():

@@ -29,8 +29,6 @@ from spo_jax.trackers import read_lines
 from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
-# One worker: the run all tests look at is made once.
-pytestmark = pytest.mark.xdist_group("probes")
 
 LAW = {
     f"law/{name}"

@@ -19,8 +19,7 @@ from spo_jax.train import Trainer
 from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
-# One worker: the run all tests look at is made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.slow
 
 TREE = {
     "stages": ["sft", "preference", "baseline"],

@@ -102,7 +102,7 @@ def gap_figure(runs: Sequence[RunCurves]) -> Figure | None:
         axes.axhspan(bounds[0], tolerance, color=tint, alpha=0.13, linewidth=0, zorder=0.5)
         axes.axhline(tolerance, color=tint, linewidth=1.2, linestyle=LINES[1], label="_edge")
         of = "" if alone else f" ({', '.join(shown(runs[i]) for i in numbers)})"
-        text = f"safe region: gap ≤ {tolerance:.2f}{of}"
+        text = f"safe region: gap ≤ {tolerance:g}{of}"
         looks.append(Patch(facecolor=tint, alpha=0.3, label=text))
     axes.set_ylim(*bounds)
     axes.set_ylabel("gap (nats per token)")
