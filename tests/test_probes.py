@@ -29,7 +29,6 @@ from spo_jax.trackers import read_lines
 from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
-
 LAW = {
     f"law/{name}"
     for name in (
