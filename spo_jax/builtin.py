@@ -47,7 +47,8 @@ def builtin_data(
             )
             for i in range(task.samples)
         ]
-        pairs = arithmetic.make_pairs(preference, list(zip(*samples, strict=True)))
+        texts = [[completion.text for completion in some] for some in samples]
+        pairs = arithmetic.make_pairs(preference, list(zip(*texts, strict=True)))
         arithmetic.write_rows(path, pairs)
     fraction = data.eval_fraction or 0.1
     return dataclasses.replace(data, train=str(path), eval_fraction=fraction)
@@ -61,13 +62,14 @@ def task_table(config: Config, root: Path, results: Mapping[str, Any]) -> list[d
     _, _, test = task_problems(config.task, config.seed)
     table = []
     for stage, result in results.items():
-        texts = complete(
+        found = complete(
             result.policy.model,
             result.policy.params,
             result.policy.tokenizer,
             [p.prompt for p in test],
             max_new_tokens=len(test[0].completion) + 8,
         )
+        texts = [completion.text for completion in found]
         right = [arithmetic.is_correct(p.prompt, t) for p, t in zip(test, texts, strict=True)]
         formed = [arithmetic.is_well_formed(t) for t in texts]
         keys = ("log_ratio/chosen", "log_ratio/rejected", "rewards/margins", "rewards/accuracies")

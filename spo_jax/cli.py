@@ -96,7 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--kind", choices=("preference", "sft"), help="(default: by the columns)")
     evaluate.add_argument("--reference", help="run or model to compare with")
     evaluate.add_argument(
-        "--task", choices=("arithmetic",), help="also generate answers and grade them"
+        "--task", choices=("arithmetic", "gsm8k"), help="also generate answers and grade them"
+    )
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, help="of an answer (default: by the task: 64, 512)"
+    )
+    evaluate.add_argument(
+        "--outputs", metavar="FILE.jsonl", help="with --task: each answer and its verdict"
     )
     evaluate.add_argument("--batch-size", type=int, default=8, help="rows at once [8]")
     evaluate.add_argument("--max-prompt-length", type=int, default=1024, help="tokens [1024]")

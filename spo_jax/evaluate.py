@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,13 @@ def sft_summary(policy: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
+class Completion(NamedTuple):
+    """A generated text; ``finished``: it ended with an EOS, and was not cut off at the limit."""
+
+    text: str
+    finished: bool
+
+
 def complete(
     model: Any,
     params: Params,
@@ -115,17 +123,19 @@ def complete(
     max_new_tokens: int,
     max_prompt_length: int = 1024,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     batch_size: int = 512,
-) -> list[str]:
-    """Generated completions of plain-text prompts, greedy at temperature 0.
+) -> list[Completion]:
+    """Generated completions of plain-text prompts, greedy at temperature 0 (see ``generate``).
 
     Prompts are sorted into batches by length, which no row's sample depends on.
     """
     ids = encode_prompts(prompts, tokenizer, max_prompt_length=max_prompt_length)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     keys = jax.random.split(jax.random.PRNGKey(seed), len(ids))
-    texts = [""] * len(ids)
+    found: list[Completion | None] = [None] * len(ids)
     batch_size = min(batch_size, len(ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -137,19 +147,35 @@ def complete(
         for row, i in enumerate(padded):
             if ids[i]:
                 tokens[row, -len(ids[i]) :], mask[row, -len(ids[i]) :] = ids[i], True
-        found = generate(
+        drawn = generate(
             model,
             params,
             jnp.asarray(tokens),
             jnp.asarray(mask),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             eos_ids=(tokenizer.eos_token_id,),
             keys=keys[np.asarray(padded)],
         )
-        for i, row in zip(chosen, np.asarray(found), strict=False):
+        for i, row in zip(chosen, np.asarray(drawn), strict=False):
             row = row.tolist()
-            if tokenizer.eos_token_id in row:
+            finished = tokenizer.eos_token_id in row
+            if finished:
                 row = row[: row.index(tokenizer.eos_token_id)]
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
-    return texts
+            found[i] = Completion(tokenizer.decode(row, skip_special_tokens=True), finished)
+    return found
+
+
+def wilson_interval(right: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of a share of ``right`` in ``total``, 95 % by default.
+
+    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``: Wilson, JASA 22 (1927).
+    """
+    if total < 1 or not 0 <= right <= total:
+        raise ValueError(f"{right} of {total}: expected a number from 0 to a positive total")
+    share, ratio = right / total, z**2 / total
+    middle = share + ratio / 2
+    width = z * math.sqrt(share * (1 - share) / total + ratio / (4 * total))
+    return (max(0.0, (middle - width) / (1 + ratio)), min(1.0, (middle + width) / (1 + ratio)))

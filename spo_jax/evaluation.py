@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,11 +13,18 @@ from typing import Any
 from spo_jax.checkpoints import load_reference
 from spo_jax.config import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
-from spo_jax.evaluate import complete, preference_summary, row_logprobs, sft_summary
+from spo_jax.evaluate import (
+    complete,
+    preference_summary,
+    row_logprobs,
+    sft_summary,
+    wilson_interval,
+)
 from spo_jax.objectives import make_logprobs_fn
-from spo_jax.prepare import find_run, load_policy, prepare_rows, read_rows, round_up
+from spo_jax.prepare import Policy, find_run, load_policy, prepare_rows, read_rows, round_up
 from spo_jax.sharding import batch_shards, make_mesh, place_batch
-from spo_jax.tasks import arithmetic
+from spo_jax.tasks import TASKS
+from spo_jax.types import PreferenceRow, SFTRow
 
 
 def detect_kind(data: str, split: str) -> str:
@@ -30,6 +39,51 @@ def detect_kind(data: str, split: str) -> str:
     return "preference"
 
 
+def grade(
+    policy: Policy,
+    task: str,
+    rows: Iterable[PreferenceRow | SFTRow],
+    *,
+    outputs: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Greedy answers to the prompts of ``rows``, graded against the rows' own.
+
+    Shares of right answers by each grader of the task with their 95 % Wilson intervals, and
+    numbers of outputs without an answer and of outputs cut off before their end. ``outputs``
+    gets each prompt, output and verdict as a JSON line.
+    """
+    graders, answered, _ = TASKS[task]
+    rows = list(rows)
+    found = complete(
+        policy.model, policy.params, policy.tokenizer, [row.prompt for row in rows], **settings
+    )
+    lines = []
+    for row, completion in zip(rows, found, strict=True):
+        answer = row.chosen if isinstance(row, PreferenceRow) else _scored_text(row)
+        verdicts = {
+            name: grader(row.prompt, answer, completion.text) for name, grader in graders.items()
+        }
+        line = {"prompt": row.prompt, "output": completion.text, "answer": answer.strip()}
+        line |= verdicts
+        line |= {"answered": answered(completion.text), "finished": completion.finished}
+        lines.append(line)
+    if outputs is not None:
+        Path(outputs).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result: dict[str, Any] = {"problems": len(lines)}
+    for name in graders:
+        right = sum(line[name] for line in lines)
+        result[f"{name}_answers"] = right / len(lines)
+        result[f"{name}_answers_interval"] = list(wilson_interval(right, len(lines)))
+    result["unanswered"] = sum(not line["answered"] for line in lines)
+    result["cut_off"] = sum(not line["finished"] for line in lines)
+    return result
+
+
+def _scored_text(row: SFTRow) -> str:
+    return "".join(text for text, scored in row.pieces if scored)
+
+
 def evaluate_model(
     model: str,
     data: str,
@@ -38,6 +92,8 @@ def evaluate_model(
     kind: str | None = None,
     reference: str | None = None,
     task: str | None = None,
+    max_new_tokens: int | None = None,
+    outputs: str | Path | None = None,
     batch_size: int = 8,
     max_prompt_length: int = 1024,
     max_completion_length: int = 1024,
@@ -50,8 +106,11 @@ def evaluate_model(
 
     ``model`` and ``reference`` are runs, model folders or hub names; a run without
     ``reference`` is compared with the one it was trained with. ``kind`` is found by the
-    rows' columns.
+    rows' columns. With a ``task`` the prompts are answered and graded as well (``grade``).
     """
+    if task is None and (outputs is not None or max_new_tokens is not None):
+        raise ValueError("outputs and max_new_tokens would be ignored: nothing is generated "
+                         "without --task")  # fmt: skip
     mesh = make_mesh()
     place = partial(place_batch, mesh=mesh)
     section = DataConfig(
@@ -92,15 +151,15 @@ def evaluate_model(
             result |= preference_summary(found, frozen)
         else:
             result |= sft_summary(found)
-        if task == "arithmetic":
-            prompts = [r.prompt for r in read_rows(section, kind, policy.tokenizer, name="task")]
-            texts = complete(
-                policy.model,
-                policy.params,
-                policy.tokenizer,
-                prompts,
-                max_new_tokens=min(max_completion_length, 64),
+        if task is not None:
+            texts = read_rows(section, kind, policy.tokenizer, name="task")
+            settings = {"max_new_tokens": max_new_tokens or TASKS[task].max_new_tokens}
+            result |= grade(
+                policy,
+                task,
+                texts,
+                outputs=outputs,
+                max_prompt_length=max_prompt_length,
+                **settings,
             )
-            right = [arithmetic.is_correct(p, t) for p, t in zip(prompts, texts, strict=True)]
-            result |= {"exact_answers": sum(right) / len(right), "problems": len(right)}
     return result

@@ -24,12 +24,19 @@ def generate(
     eos_ids: tuple[int, ...],
     pad_id: int = 0,
     keys: UInt32[Array, "B 2"] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Int[Array, "B max_new_tokens"]:
     """Continue right-aligned prompts; each row is the completion with its EOS, then ``pad_id``.
 
     ``temperature=0`` takes the likeliest token. Otherwise token ``t`` of a row is drawn
     with ``fold_in(keys[row], t)``, so what is drawn for a prompt does not depend on which
-    rows are beside it. Compiled once for each shape; stops when every row has its EOS.
+    rows are beside it; from the ``top_k`` likeliest tokens, of these from the fewest that
+    hold ``top_p`` of their mass at that temperature (``truncate``). Compiled once for each
+    shape; stops when every row has its EOS.
+
+    Raises:
+        ValueError: a setting out of its range, or one that the greedy choice would ignore.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1")
@@ -37,6 +44,15 @@ def generate(
         raise ValueError(f"temperature={temperature}: use 0 (greedy) or more")
     if temperature > 0 and keys is None:
         raise ValueError(f"temperature={temperature} draws at random: pass keys, one a row")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError(
+            f"top_k={top_k}, top_p={top_p} would be ignored: temperature 0 takes the likeliest "
+            "token"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: use at least 1, or none")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: use more than 0, up to 1")
     return _generate(
         model,
         params,
@@ -44,10 +60,35 @@ def generate(
         prompt_mask,
         keys if temperature > 0 else None,
         jnp.float32(temperature),
+        None if top_p is None else jnp.float32(top_p),
+        top_k=top_k,
         max_new_tokens=max_new_tokens,
         eos_ids=tuple(eos_ids),
         pad_id=pad_id,
     )
+
+
+def truncate(
+    logits: Float[Array, "B V"], *, top_k: int | None, top_p: Float[Array, ""] | None
+) -> Float[Array, "B V"]:
+    """Logits with what is not drawn from at ``-inf``: all but the ``top_k`` largest, then the tail.
+
+    The tail is what remains behind the fewest largest that hold ``top_p`` of the mass; the
+    largest always stays. Equal logits stay or go together. Source: Holtzman et al., arXiv
+    1904.09751.
+    """
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is None:
+        return logits
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    mass = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(mass, axis=-1) - mass
+    # The first has nothing before it, whatever the rounding.
+    kept = (before < top_p).at[:, 0].set(True)
+    least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
 
 
 class _Progress(NamedTuple):
@@ -58,7 +99,9 @@ class _Progress(NamedTuple):
     cache: Cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "pad_id"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "pad_id", "top_k")
+)
 def _generate(
     model,
     params,
@@ -66,7 +109,9 @@ def _generate(
     prompt_mask,
     keys,
     temperature,
+    top_p,
     *,
+    top_k,
     max_new_tokens,
     eos_ids,
     pad_id,
@@ -81,7 +126,7 @@ def _generate(
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         drawn = jax.vmap(
             lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)
-        )(keys, logits / temperature)
+        )(keys, truncate(logits / temperature, top_k=top_k, top_p=top_p))
         return drawn.astype(jnp.int32)
 
     def unfinished(progress):

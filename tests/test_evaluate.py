@@ -4,7 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from spo_jax.evaluate import make_evaluate, preference_summary, row_logprobs, sft_summary
+from spo_jax.evaluate import (
+    make_evaluate,
+    preference_summary,
+    row_logprobs,
+    sft_summary,
+    wilson_interval,
+)
 from spo_jax.losses import make_preference_loss
 from spo_jax.objectives import make_objective
 from tests.tiny import Bigram, random_batch, tiny_logprobs
@@ -75,3 +81,16 @@ def test_sft_rows():
     assert metrics["inner_loss"] == pytest.approx(summary["inner_loss"], rel=1e-5)
     assert summary["perplexity"] == pytest.approx(np.exp(summary["inner_loss"]))
     assert jax.tree.leaves(built.init()) == []
+
+
+def test_the_interval_of_a_share():
+    """Values of the score interval: 0 of 10 is (0, 0.2775), 5 of 10 (0.2366, 0.7634)."""
+    np.testing.assert_allclose(wilson_interval(0, 10), (0, 0.2775), atol=1e-4)
+    np.testing.assert_allclose(wilson_interval(5, 10), (0.2366, 0.7634), atol=1e-4)
+    np.testing.assert_allclose(wilson_interval(10, 10), (0.7225, 1), atol=1e-4)
+    low, high = wilson_interval(800, 1319)
+    assert low < 800 / 1319 < high
+    assert high - low < 0.06
+    for right, total in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match=f"{right} of {total}"):
+            wilson_interval(right, total)

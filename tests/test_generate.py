@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.generate import generate
+from spo_jax.generate import generate, truncate
 from spo_jax.models import load_model, load_params
 from tests.models.make_fixtures import transformers_model
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
@@ -145,3 +145,72 @@ def test_settings_that_make_no_sense_are_errors(load):
         generate(model, params, tokens, mask, max_new_tokens=0, temperature=0.0, eos_ids=())
     with pytest.raises(ValueError, match="temperature=-1"):
         generate(model, params, tokens, mask, max_new_tokens=1, temperature=-1.0, eos_ids=())
+
+
+def kept(logits, top_k=None, top_p=None):
+    """Indices that can still be drawn, row by row."""
+    found = truncate(
+        jnp.asarray(logits), top_k=top_k, top_p=None if top_p is None else jnp.float32(top_p)
+    )
+    return [np.flatnonzero(np.isfinite(row)).tolist() for row in np.asarray(found)]
+
+
+def test_what_is_drawn_from_by_hand():
+    """Probabilities 0.5, 0.25, 0.15, 0.1 in two orders."""
+    p = np.log([[0.5, 0.25, 0.15, 0.1], [0.1, 0.15, 0.25, 0.5]]).astype(np.float32)
+    assert kept(p) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert kept(p, top_k=2) == [[0, 1], [2, 3]]
+    assert kept(p, top_k=9) == kept(p)
+    assert kept(p, top_p=0.4) == [[0], [3]]
+    assert kept(p, top_p=0.7) == [[0, 1], [2, 3]]
+    assert kept(p, top_p=0.8) == [[0, 1, 2], [1, 2, 3]]
+    assert kept(p, top_p=1.0) == kept(p)
+    # Of the two that are left the first has two thirds of the mass.
+    assert kept(p, top_k=2, top_p=0.6) == [[0], [3]]
+    assert kept(p, top_k=2, top_p=0.7) == [[0, 1], [2, 3]]
+    assert kept(p, top_p=1e-9) == [[0], [3]]
+
+
+def test_truncation_is_that_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = np.random.default_rng(0).normal(size=(16, 50)).astype(np.float32) * 3
+    for top_k, top_p in ((5, None), (None, 0.3), (None, 0.95), (20, 0.8)):
+        theirs = torch.tensor(logits)
+        if top_k is not None:
+            theirs = TopKLogitsWarper(top_k)(None, theirs)
+        if top_p is not None:
+            theirs = TopPLogitsWarper(top_p)(None, theirs)
+        expected = [np.flatnonzero(np.isfinite(row)).tolist() for row in theirs.numpy()]
+        assert kept(logits, top_k, top_p) == expected
+
+
+def test_samples_stay_among_the_tokens_left(load):
+    """Of one token there is no choice: ``top_k=1`` at any temperature is greedy."""
+    model, params = load("llama")
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.PRNGKey(0), len(tokens))
+    drawn = generate(
+        model, params, tokens, mask, max_new_tokens=NEW, temperature=1.0, eos_ids=(), keys=keys,
+        top_k=1,
+    )  # fmt: skip
+    np.testing.assert_array_equal(drawn, greedy(model, params, tokens, mask))
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"temperature": 0.0, "top_k": 3}, "top_k=3"),
+        ({"temperature": 0.0, "top_p": 0.5}, "would be ignored"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0: use at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0\.0: use more than 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, r"top_p=1\.5"),
+    ],
+)
+def test_settings_of_sampling_that_cannot_be(load, settings, word):
+    model, params = load("llama")
+    tokens, mask = prompts()
+    keys = jax.random.split(jax.random.PRNGKey(0), len(tokens))
+    with pytest.raises(ValueError, match=word):
+        generate(model, params, tokens, mask, max_new_tokens=2, eos_ids=(), keys=keys, **settings)

@@ -210,6 +210,23 @@ def test_evaluate_a_run_and_an_export(run, tmp_path, capsys):
     scored = json.loads(capsys.readouterr().out)
     assert scored["kind"] == "sft"
     assert scored["problems"] == 8
+    low, high = scored["exact_answers_interval"]
+    assert 0 <= low <= scored["exact_answers"] <= high <= 1
+
+    questions = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": f"{i}+2=", "answer": f"{i} + 2\n#### {i + 2}"} for i in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = tmp_path / "answers.jsonl"
+    graded = ["evaluate", str(out), "--data", str(questions), "--task", "gsm8k"]
+    assert main([*graded, "--max-new-tokens", "5", "--outputs", str(answers)]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert (scored["problems"], scored["unanswered"], scored["exact_answers"]) == (3, 3, 0)
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["answer"] for line in lines] == [row["answer"] for row in rows]
+    assert scored["flexible_answers"] == sum(line["flexible"] for line in lines) / 3
+    assert scored["cut_off"] == sum(not line["finished"] for line in lines)
+    assert main(["evaluate", str(out), "--data", test_rows, "--outputs", str(answers)]) == 2
+    assert "without --task" in capsys.readouterr().err
 
 
 PAIRS = [{"prompt": f"{i}+1=", "chosen": f" {i + 1}", "rejected": f" {i + 2}"} for i in range(1, 9)]
