@@ -34,7 +34,7 @@ SOLVERS = {
     "alternating": "{loss} + SPO, alternating",
     "unrolled": "{loss}, unrolled",
 }
-NAMES = {"preference_only": {}, "penalty": {"penalty_weight": 1.0}}
+OPTIONS = {"penalty": {"penalty_weight": 1.0}}
 PARTS = (("chosen", 0), ("rejected", 1), ("in neither column", 4))
 
 
@@ -49,10 +49,10 @@ def main() -> None:
     bandit = make_shift_bandit(seed=options.seed)
     levels = make_bandit_levels(bandit, make_preference_loss(options.loss, **LOSSES[options.loss]))
     found = {}
-    print(f"{'probability after':>18} {options.steps} updates: chosen  rejected  neither  margin")
+    print(f"after {options.steps} updates".rjust(30), " chosen  rejected  neither  margin (nats)")
     for name in SOLVERS:
         chains = {"outer": optax.adam(options.learning_rate), "inner": optax.sgd(0.5)}
-        solver = make_solver(name, **chains, **NAMES.get(name, {}))
+        solver = make_solver(name, **chains, **OPTIONS.get(name, {}))
         path, _ = simulate(bandit, levels, solver, steps=options.steps)
         found[name] = np.stack(masses(bandit, path))
         rows = np.arange(len(bandit.chosen))

@@ -14,9 +14,11 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from shared import make_llama, random_rows
 
-from spo_jax import CompletionBatch, completion_logprobs, init_model, make_logprobs_fn
+from spo_jax import CompletionBatch, completion_logprobs, make_logprobs_fn
+
+VOCABULARY = 8192
 
 
 def main() -> None:
@@ -28,25 +30,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
-    model = init_model(
-        {
-            "model_type": "llama",
-            "vocab_size": 8192,
-            "hidden_size": options.hidden,
-            "intermediate_size": options.hidden * 11 // 4,
-            "num_hidden_layers": options.layers,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": options.hidden // 8,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-        }
-    )
+    model = make_llama(options.hidden, options.layers, vocabulary=VOCABULARY, tied=True)
     params = model.init(jax.random.key(0))
     logprobs = make_logprobs_fn(model, chunk_tokens=512)
-    pairs = make_pairs(options)
+    sizes = (options.pairs, options.prompt, options.completion)
+    pairs = random_rows(*sizes, branches=2, vocabulary=VOCABULARY)
 
     def dpo(sums):
         return jnp.mean(jax.nn.softplus(-0.1 * (sums[:, 0] - sums[:, 1])))
@@ -81,20 +69,6 @@ def main() -> None:
     ratio = medians["pair layout"] / medians["two sequences"]
     share = (options.prompt + 2 * options.completion) / (2 * (options.prompt + options.completion))
     print(f"ratio {ratio:.2f}; tokens computed {share:.2f}; on {jax.devices()[0].platform}")
-
-
-def make_pairs(options: argparse.Namespace) -> CompletionBatch:
-    """Random pairs that fill their lengths."""
-    rng = np.random.default_rng(0)
-    rows, prompt, completion = options.pairs, options.prompt, options.completion
-    batch = CompletionBatch(
-        prompt_tokens=rng.integers(0, 8192, (rows, prompt)).astype(np.int32),
-        prompt_mask=np.ones((rows, prompt), bool),
-        completion_tokens=rng.integers(0, 8192, (rows, 2, completion)).astype(np.int32),
-        completion_mask=np.ones((rows, 2, completion), bool),
-        row_ids=np.arange(rows, dtype=np.int32),
-    )
-    return jax.tree.map(jnp.asarray, batch)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from functools import partial
 import jax
 import numpy as np
 import optax
+from shared import make_llama, random_rows
 
 from spo_jax.losses import make_preference_loss
-from spo_jax.models import Execution, init_model
 from spo_jax.objectives import make_logprobs_fn, make_objective
 from spo_jax.solvers import make_solver
 from spo_jax.step import init_state, jit_step, make_train_step
-from spo_jax.types import BilevelBatch, CompletionBatch
+from spo_jax.types import BilevelBatch
 
+VOCABULARY = 32000
 SIDES = {
     "preference_only": ("chosen", {}),
     "penalty": ("chosen", {}),
@@ -55,22 +56,8 @@ def main() -> None:
     parser.add_argument("--remat", default="none", help="none | full | dots | dots_no_batch")
     parser.add_argument("--only", nargs="*", help="solvers beside preference_only")
     options = parser.parse_args()
-    model = init_model(
-        {
-            "model_type": "llama",
-            "vocab_size": 32000,
-            "hidden_size": options.hidden,
-            "intermediate_size": options.hidden * 11 // 4,
-            "num_hidden_layers": options.layers,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": options.hidden // 8,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": False,
-        },
-        Execution(remat=options.remat),
+    model = make_llama(
+        options.hidden, options.layers, vocabulary=VOCABULARY, tied=False, remat=options.remat
     )
     params = model.init(jax.random.key(0))
     millions = sum(x.size for x in jax.tree.leaves(params)) / 1e6
@@ -81,7 +68,9 @@ def main() -> None:
 
     key = np.asarray(jax.random.key_data(jax.random.key(0)))
     problems = {name: make_problem(name, *side, logprobs) for name, side in sides.items()}
-    batches = {sft: make_batch(options, sft=sft) for sft in (False, True)}
+    sizes = (options.pairs, options.prompt, options.completion)
+    pairs, rows = (random_rows(*sizes, branches=n, vocabulary=VOCABULARY) for n in (2, 1))
+    batches = {False: BilevelBatch(pairs), True: BilevelBatch(pairs, rows)}
     compiled, memory = {}, {}
     for name, (step, init) in problems.items():
         batch = batches["SFT" in name]
@@ -138,26 +127,6 @@ def make_problem(name: str, inner_data: str, extra: dict, logprobs):
     solver = make_solver(name.split(",")[0], **chains, **extra)
     step = make_train_step(objective, solver, schedule=optax.constant_schedule(1e-6))
     return step, partial(init_state, solver, objective)
-
-
-def make_batch(options: argparse.Namespace, *, sft: bool) -> BilevelBatch:
-    """Random rows that fill their lengths, with log-probs of a reference."""
-    rng = np.random.default_rng(0)
-    rows, prompt, completion = options.pairs, options.prompt, options.completion
-
-    def batch(branches: int) -> CompletionBatch:
-        return CompletionBatch(
-            prompt_tokens=rng.integers(0, 32000, (rows, prompt)).astype(np.int32),
-            prompt_mask=np.ones((rows, prompt), bool),
-            completion_tokens=rng.integers(0, 32000, (rows, branches, completion)).astype(np.int32),
-            completion_mask=np.ones((rows, branches, completion), bool),
-            row_ids=np.arange(rows, dtype=np.int32),
-            reference_logprobs=np.full((rows, branches), -10.4 * completion, np.float32),
-        )
-
-    pairs = batch(2)
-    rows_of_sft = batch(1) if sft else None
-    return jax.tree.map(jax.numpy.asarray, BilevelBatch(pairs, rows_of_sft))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ Any key can be set here as in spo-jax train.
 
 
 def _parser() -> argparse.ArgumentParser:
+    from spo_jax.tasks import TASKS
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("spo-jax", description=_DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -96,11 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--kind", choices=("preference", "sft"), help="(default: by the columns)")
     evaluate.add_argument("--reference", help="run or model to compare with")
     evaluate.add_argument(
-        "--task", choices=("arithmetic", "gsm8k"), help="also generate answers and grade them"
+        "--task", choices=tuple(TASKS), help="also generate answers and grade them"
     )
-    evaluate.add_argument(
-        "--max-new-tokens", type=int, help="of an answer (default: by the task: 64, 512)"
-    )
+    evaluate.add_argument("--max-new-tokens", type=int, help="of an answer (default: by the task)")
     evaluate.add_argument(
         "--outputs", metavar="FILE.jsonl", help="with --task: each answer and its verdict"
     )

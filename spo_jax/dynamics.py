@@ -126,10 +126,9 @@ def make_head_law(model: Any, loss: PreferenceLoss, *, chunk_tokens: int) -> Cal
 
     The block of the exact gradients that belongs to the head matrix, hidden states fixed; of a
     tied embedding its part as head. Costs a forward pass a pair and the head's backward, and
-    two gradients of ``[D, V]``. A coarse guide: norms and rates are the block's, a few percent
-    of the exact ones. On pairs of a tiny model that differ in one token the cosine is off by
-    0.2 on average and one sign of the chosen rate in 20 is wrong (the tests hold this); after
-    training it on the built-in task, one in 5.
+    two gradients of ``[D, V]``. A coarse guide: norms and rates are the block's, parts of the
+    exact ones. On pairs of a tiny model that differ in one token the cosine is off by 0.2 on
+    average and one sign of the chosen rate in 20 is wrong (the tests hold this).
     """
 
     def law(params, pairs: PreferenceBatch, statistics) -> Probed:

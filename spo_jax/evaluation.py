@@ -109,8 +109,9 @@ def evaluate_model(
     rows' columns. With a ``task`` the prompts are answered and graded as well (``grade``).
     """
     if task is None and (outputs is not None or max_new_tokens is not None):
-        raise ValueError("outputs and max_new_tokens would be ignored: nothing is generated "
-                         "without --task")  # fmt: skip
+        raise ValueError(
+            "outputs and max_new_tokens would be ignored: nothing is generated without --task"
+        )
     mesh = make_mesh()
     place = partial(place_batch, mesh=mesh)
     section = DataConfig(
