@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from spo_jax.cli import _overrides, _parser
+from spo_jax.cli import make_parser
+from spo_jax.cli.training import read_overrides
 from spo_jax.validation import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def test_configuration_is_valid_with_the_commands_of_its_header(path):
     for program, command, config, *rest in commands:
         assert (program, config) == ("spo-jax", shown(path))
         assert command in ("train", "sft")
-        load_config(path, _overrides([word for word in rest if word != "--resume"]))
+        load_config(path, read_overrides([word for word in rest if word != "--resume"]))
 
 
 def test_there_are_configurations():
@@ -106,7 +107,7 @@ def test_configurations_a_document_names_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_a_document_names_exist(document):
-    parser = _parser()
+    parser = make_parser()
     subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     named = set(re.findall(r"\bspo-jax ([a-z][a-z-]*)", code(document)))
     assert named <= set(subparsers.choices), f"{document} names {named - set(subparsers.choices)}"
