@@ -158,6 +158,26 @@ class DynamicsConfig:
 
 
 @dataclass(frozen=True)
+class AnswersConfig:
+    """Greedy answers to problems, graded: after every stage, and on the way where asked for."""
+
+    data: str | None = _key(
+        None, "problems with their answers: file, folder, hub name, or builtin:arithmetic"
+    )
+    task: str | None = _key(None, "how answers are graded (see spo-jax evaluate --task)")
+    subset: str | None = _key(None, "configuration of a hub data set (gsm8k: main)")
+    split: str = _key("test", "split of a hub data set; of the built-in task: test | validation")
+    max_rows: int | None = _key(None, "use only the first problems")
+    every: int | None = _key(
+        None, "updates of a stage of pairs between gradings, at its evaluations (train.eval_every)"
+    )
+    max_prompt_length: int = _key(1024, "tokens; longer prompts are cut from the left")
+    max_new_tokens: int | None = _key(None, "of an answer (default: by the task)")
+    batch_size: int = _key(512, "answers generated at once")
+    chat_template: str | None = _key(None, "Jinja template, or its file, over the tokenizer's own")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """The built-in arithmetic task (data.train: builtin:arithmetic)."""
 
@@ -165,8 +185,12 @@ class TaskConfig:
     sft_problems: int = _key(3000, "problems with solutions, for SFT")
     preference_problems: int = _key(2500, "problems the policy's own wrong samples are taken on")
     test_problems: int = _key(500, "problems for exact answers")
+    validation_problems: int = _key(0, "others, to choose hyper-parameters on")
     samples: int = _key(4, "samples of the policy per preference problem")
     temperature: float = _key(1.0, "of those samples")
+    chosen: Literal["gold", "own"] = _key(
+        "gold", "of a pair: the solution, or a sample of the policy that is right"
+    )
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,7 @@ class Config:
     train: PreferenceLoopConfig = field(default_factory=PreferenceLoopConfig)
     sft: LoopConfig = field(default_factory=LoopConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
 

@@ -73,15 +73,16 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     above = (*above, path.resolve())
     if (path.parent / base).resolve() in above:
         raise ConfigError(f"base={base} of {path} goes in a circle: one must not have a base")
-    return _laid_over(_read_with_base(path.parent / base, above), tree)
+    return lay_over(_read_with_base(path.parent / base, above), tree)
 
 
-def _laid_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+def lay_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``below`` with the keys of ``tree``; a section with a ``name`` is replaced whole."""
     found = _copy(below)
     for key, value in tree.items():
         old = found.get(key)
         merged = isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value
-        found[key] = _laid_over(old, value) if merged else _copy(value)
+        found[key] = lay_over(old, value) if merged else _copy(value)
     return found
 
 

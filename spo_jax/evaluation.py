@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from spo_jax.answers import Exam, answer, reference_answer, write_answers
 from spo_jax.checkpoints import load_reference
 from spo_jax.config import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
 from spo_jax.evaluate import (
-    complete,
     preference_summary,
     row_logprobs,
     sft_summary,
@@ -53,35 +52,18 @@ def grade(
     numbers of outputs without an answer and of outputs cut off before their end. ``outputs``
     gets each prompt, output and verdict as a JSON line.
     """
-    graders, answered, _ = TASKS[task]
-    rows = list(rows)
-    found = complete(
-        policy.model, policy.params, policy.tokenizer, [row.prompt for row in rows], **settings
-    )
-    lines = []
-    for row, completion in zip(rows, found, strict=True):
-        answer = row.chosen if isinstance(row, PreferenceRow) else _scored_text(row)
-        verdicts = {
-            name: grader(row.prompt, answer, completion.text) for name, grader in graders.items()
-        }
-        line = {"prompt": row.prompt, "output": completion.text, "answer": answer.strip()}
-        line |= verdicts
-        line |= {"answered": answered(completion.text), "finished": completion.finished}
-        lines.append(line)
+    problems = [(row.prompt, reference_answer(row)) for row in rows]
+    lines = answer(Exam(task, problems, settings), policy)
     if outputs is not None:
-        Path(outputs).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_answers(Path(outputs), lines)
     result: dict[str, Any] = {"problems": len(lines)}
-    for name in graders:
+    for name in TASKS[task].graders:
         right = sum(line[name] for line in lines)
         result[f"{name}_answers"] = right / len(lines)
         result[f"{name}_answers_interval"] = list(wilson_interval(right, len(lines)))
     result["unanswered"] = sum(not line["answered"] for line in lines)
     result["cut_off"] = sum(not line["finished"] for line in lines)
     return result
-
-
-def _scored_text(row: SFTRow) -> str:
-    return "".join(text for text, scored in row.pieces if scored)
 
 
 def evaluate_model(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from spo_jax.models import Cache, Model
+from spo_jax.models import Cache, Model, grow_cache
 from spo_jax.types import Params
 
 
@@ -32,18 +32,46 @@ def generate(
     ``temperature=0`` takes the likeliest token. Otherwise token ``t`` of a row is drawn
     with ``fold_in(keys[row], t)``, so what is drawn for a prompt does not depend on which
     rows are beside it; from the ``top_k`` likeliest tokens, of these from the fewest that
-    hold ``top_p`` of their mass at that temperature (``truncate``). Compiled once for each
-    shape; stops when every row has its EOS.
+    hold ``top_p`` of their mass at that temperature (``truncate``). Stops when every row has
+    its EOS. The cache grows in a few steps (``room_steps``), each compiled once a shape, so
+    that short completions do not attend to the room that long ones would need.
 
     Raises:
         ValueError: a setting out of its range, or one that the greedy choice would ignore.
     """
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if temperature > 0 and keys is None:
+        raise ValueError(f"temperature={temperature} draws at random: pass keys, one a row")
+    draw = _Draw(
+        keys=keys if temperature > 0 else None,
+        temperature=jnp.float32(temperature),
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )
+    settings = {"top_k": top_k, "eos_ids": tuple(eos_ids), "pad_id": pad_id}
+    P = prompt_tokens.shape[1]
+    rooms = room_steps(max_new_tokens)
+    progress = _start(
+        model, params, prompt_tokens, prompt_mask, draw,
+        room=rooms[0], max_new_tokens=max_new_tokens, **settings,
+    )  # fmt: skip
+    for i, room in enumerate(rooms):
+        if i:
+            progress = progress._replace(cache=_grow(progress.cache, length=P + room))
+        progress, finished = _advance(model, params, progress, draw, until=room, **settings)
+        # Under an outer jit nothing is known yet: the steps to come then find nothing to do.
+        if not isinstance(finished, jax.core.Tracer) and finished:
+            break
+    return progress.tokens
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raise ``ValueError`` for a setting out of its range, or that greedy would ignore."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: use at least 1")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: use 0 (greedy) or more")
-    if temperature > 0 and keys is None:
-        raise ValueError(f"temperature={temperature} draws at random: pass keys, one a row")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError(
             f"top_k={top_k}, top_p={top_p} would be ignored: temperature 0 takes the likeliest "
@@ -53,19 +81,19 @@ def generate(
         raise ValueError(f"top_k={top_k}: use at least 1, or none")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: use more than 0, up to 1")
-    return _generate(
-        model,
-        params,
-        prompt_tokens,
-        prompt_mask,
-        keys if temperature > 0 else None,
-        jnp.float32(temperature),
-        None if top_p is None else jnp.float32(top_p),
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        eos_ids=tuple(eos_ids),
-        pad_id=pad_id,
-    )
+
+
+_FIRST_ROOM = 128
+
+
+def room_steps(max_new_tokens: int) -> tuple[int, ...]:
+    """New tokens the cache has room for, step by step: 128, then doubled, up to the limit."""
+    rooms = []
+    room = _FIRST_ROOM
+    while room < max_new_tokens:
+        rooms.append(room)
+        room *= 2
+    return (*rooms, max_new_tokens)
 
 
 def truncate(
@@ -91,62 +119,82 @@ def truncate(
     return jnp.where(logits < least, -jnp.inf, logits)
 
 
+class _Draw(NamedTuple):
+    """How a token is drawn; without keys the likeliest is taken."""
+
+    keys: UInt32[Array, "B 2"] | None
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""] | None
+
+
 class _Progress(NamedTuple):
+    """``step`` tokens are chosen; ``token``, the last of them, is not in the cache yet."""
+
     step: Int[Array, ""]
     tokens: Int[Array, "B max_new_tokens"]
+    token: Int[Array, "B"]
     done: Bool[Array, "B"]
-    hidden: Float[Array, "B D"]
     cache: Cache
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "eos_ids", "pad_id", "top_k")
-)
-def _generate(
-    model,
-    params,
-    prompt_tokens,
-    prompt_mask,
-    keys,
-    temperature,
-    top_p,
-    *,
-    top_k,
-    max_new_tokens,
-    eos_ids,
-    pad_id,
+def _choose(head, hidden, step, draw: _Draw, top_k: int | None) -> Int[Array, "B"]:
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    if draw.keys is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = truncate(logits / draw.temperature, top_k=top_k, top_p=draw.top_p)
+    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))
+    return drawn(draw.keys, logits).astype(jnp.int32)
+
+
+def _put(progress: _Progress, chosen, cache: Cache, eos_ids, pad_id) -> _Progress:
+    """Write down what was chosen for the rows that have no EOS yet."""
+    token = jnp.where(progress.done, pad_id, chosen)
+    ended = jnp.any(token[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
+    tokens = jax.lax.dynamic_update_slice_in_dim(
+        progress.tokens, token[:, None], progress.step, axis=1
+    )
+    return _Progress(progress.step + 1, tokens, token, progress.done | ended, cache)
+
+
+_STATIC = ("model", "top_k", "eos_ids", "pad_id")
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "room", "max_new_tokens"))
+def _start(
+    model, params, prompt_tokens, prompt_mask, draw, *, room, max_new_tokens, top_k, eos_ids, pad_id
 ):
     B, P = prompt_tokens.shape
-    head = model.output_head(params).astype(model.execution.compute_dtype)
-    eos = jnp.asarray(eos_ids, jnp.int32)
-
-    def choose(hidden, step):
-        logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-        if keys is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        drawn = jax.vmap(
-            lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)
-        )(keys, truncate(logits / temperature, top_k=top_k, top_p=top_p))
-        return drawn.astype(jnp.int32)
-
-    def unfinished(progress):
-        return (progress.step < max_new_tokens) & ~jnp.all(progress.done)
-
-    def advance(progress):
-        step, tokens, done, hidden, cache = progress
-        token = jnp.where(done, pad_id, choose(hidden, step))
-        done |= jnp.any(token[:, None] == eos, axis=1)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        hidden, cache = model.decode_step(params, cache, token)
-        return _Progress(step + 1, tokens, done, hidden, cache)
-
-    cache = model.init_cache(B, P + max_new_tokens)
+    cache = model.init_cache(B, P + room)
     hidden, cache = model.prefill(params, cache, prompt_tokens, prompt_mask)
-    start = _Progress(
+    nothing = _Progress(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((B, max_new_tokens), pad_id, jnp.int32),
+        token=jnp.zeros((B,), jnp.int32),
         done=jnp.zeros((B,), bool),
-        hidden=hidden,
         cache=cache,
     )
-    return jax.lax.while_loop(unfinished, advance, start).tokens
+    head = model.output_head(model.decode_params(params))
+    return _put(nothing, _choose(head, hidden, 0, draw, top_k), cache, eos_ids, pad_id)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _grow(cache, length):
+    return grow_cache(cache, length)
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "until"), donate_argnames="progress")
+def _advance(model, params, progress, draw, *, until, top_k, eos_ids, pad_id):
+    """Choose tokens up to number ``until``; also whether every row is done."""
+    params = model.decode_params(params)
+    head = model.output_head(params)
+
+    def unfinished(progress):
+        return (progress.step < until) & ~jnp.all(progress.done)
+
+    def advance(progress):
+        hidden, cache = model.decode_step(params, progress.cache, progress.token)
+        chosen = _choose(head, hidden, progress.step, draw, top_k)
+        return _put(progress, chosen, cache, eos_ids, pad_id)
+
+    progress = jax.lax.while_loop(unfinished, advance, progress)
+    return progress, jnp.all(progress.done)

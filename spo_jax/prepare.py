@@ -153,12 +153,13 @@ def _put_tokenizer(config: ModelConfig, folder: Path) -> None:
 
 
 def task_problems(task: TaskConfig, seed: int):
-    """SFT, preference and test problems of the built-in task."""
+    """The parts of the built-in task."""
     return arithmetic.make_problems(
         digits=task.digits,
         sft=task.sft_problems,
         preference=task.preference_problems,
         test=task.test_problems,
+        validation=task.validation_problems,
         seed=seed,
     )
 

@@ -62,11 +62,23 @@ def state_shapes(stage: Stage) -> TrainState:
 
 def compile_step(stage: Stage) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
     """The stage's update ``(state, batch) -> (state, metrics)``, jitted; donates its state."""
+    step = _jitted_step(stage)
+    return lambda state, batch: step(state, batch, stage.reference_params)
+
+
+def lower_step(stage: Stage, batch: Any) -> jax.stages.Lowered:
+    """The update of ``compile_step``, lowered for a batch of these shapes and shardings.
+
+    Shapes are enough in the stage too: of ``start.params`` and ``reference_params``.
+    """
+    return _jitted_step(stage).lower(state_shapes(stage), batch, stage.reference_params)
+
+
+def _jitted_step(stage: Stage) -> Any:
     step = make_train_step(
         stage.objective, stage.solver, schedule=stage.schedule, tolerance=stage.tolerance
     )
-    step = jit_step(step, jax.tree.map(lambda x: x.sharding, state_shapes(stage)))
-    return lambda state, batch: step(state, batch, stage.reference_params)
+    return jit_step(step, jax.tree.map(lambda x: x.sharding, state_shapes(stage)))
 
 
 def run_stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 
 from spo_jax import __version__
+from spo_jax.answers import Exam, make_exam, take_exam
 from spo_jax.builtin import builtin_data
 from spo_jax.checkpoints import load_reference, save_reference
 from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named
@@ -38,7 +40,8 @@ from spo_jax.probes import Probes, probe_rhythm
 from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, sharded_shapes
 from spo_jax.solvers import make_inner_only, make_solver
 from spo_jax.stages import Stage, StageResult, run_stage
-from spo_jax.types import Params
+from spo_jax.step import init_state, shard_state
+from spo_jax.types import Params, TrainState
 from spo_jax.validation import loss_function, solver_uses, unused_sections
 
 
@@ -56,6 +59,7 @@ class Trainer:
         self.root = Path(config.output_dir)
         self.place = partial(place_batch, mesh=self.mesh)
         self._rows: dict[str, Rows] = {}
+        self._exam: Exam | None = None
 
     def stage_folder(self, stage: str) -> Path:
         """A run of one stage is its folder; several stages have a folder each inside."""
@@ -77,6 +81,7 @@ class Trainer:
         start = load_policy(
             self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
         )
+        self._exam = make_exam(self.config, start.tokenizer)
         results: dict[str, StageResult] = {}
         for stage in self.stages:
             results[stage] = self._run_stage(stage, start)
@@ -89,9 +94,8 @@ class Trainer:
 
         Elsewhere its buffers become the state's: a large model has no room for a copy.
         """
-        graded = BUILTIN_TASK in (self.config.data.train, self.config.sft_data.train)
         later = self.stages[self.stages.index(stage) + 1 :]
-        return graded or (stage != "sft" and bool(later))
+        return stage != "sft" and bool(later)
 
     def _check_sizes(self) -> None:
         for stage in self.stages:
@@ -179,11 +183,32 @@ class Trainer:
         objective = self._objective(start, loop, loss=None, inner_data="sft", reference="none")
         solver = make_inner_only(inner=optimizer)
         stage = self._stage("sft", folder, start, loop, steps, schedule, objective, solver)
-        evaluate = None
+        run = None
         if rows.heldout is not None:
             run = make_evaluate(objective, self._eval_batches(rows, loop), self.place)
-            evaluate = lambda state: run(state.solver.params, state.objective)  # noqa: E731
+        evaluate = self._evaluate(stage, run)
         return self._train(stage, Batches(sft=self._iterator(rows, loop.batch_size)), evaluate)
+
+    def _evaluate(
+        self, stage: Stage, heldout: Callable[..., dict[str, float]] | None
+    ) -> Callable[..., dict[str, float]] | None:
+        """What is looked at on the way and at the end: held-out rows, and graded answers."""
+        every = None if stage.name == "sft" else self.config.answers.every
+        if heldout is None and self._exam is None:
+            return None
+
+        def evaluate(state: TrainState, *, finished: bool = False) -> dict[str, float]:
+            params, found = state.solver.params, {}
+            if heldout is not None:
+                found |= heldout(params, state.objective, stage.reference_params)
+            step = int(state.step)
+            due = finished or step == stage.steps or (every is not None and step % every == 0)
+            if self._exam is not None and due:
+                policy = stage.start._replace(params=params)
+                found |= take_exam(self._exam, policy, stage.folder)
+            return found
+
+        return evaluate
 
     def _stage(self, name: str, folder: Path, start: Policy, *assembled: Any) -> Stage:
         key = jax.random.key_data(jax.random.key(self.config.seed))
@@ -194,6 +219,22 @@ class Trainer:
         return run_stage(stage, batches, evaluate, resume=self.resume, donate=donate)
 
     def _preference(self, name: str, folder: Path, start: Policy) -> StageResult:
+        return self._train(*self._assemble_pairs(name, folder, start))
+
+    def judge_start(self) -> dict[str, float]:
+        """Held-out metrics and graded answers of the policy that the pair stages start from."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        start = load_policy(
+            self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
+        )
+        self._exam = make_exam(self.config, start.tokenizer)
+        stage, _, evaluate = self._assemble_pairs("baseline", self.root, start)
+        init = partial(init_state, stage.solver, stage.objective)
+        state, _ = shard_state(init, self.mesh, start.params, stage.key, donate=False)
+        return {} if evaluate is None else evaluate(state, finished=True)
+
+    def _assemble_pairs(self, name: str, folder: Path, start: Policy):
+        """The stage of pairs with its batches, and what is looked at on the way."""
         loop, online = self.config.train, self.config.reference.mode == "online"
         reference = self._reference(folder, start)
         stage = self.pair_stage(name, folder, start, reference if online else None)
@@ -203,31 +244,32 @@ class Trainer:
         inner = None
         if sft_rows is not None:
             inner = self._iterator(sft_rows, self._inner_size(), found.get("sft"))
-        evaluate = None
+        run = None
         if rows.heldout is not None:
             # Held-out pairs are judged with the chosen as inner data, whatever training uses.
             judged = self._pair_objective(start, "chosen")
             held = self._eval_batches(rows, loop, found.get("heldout"))
             run = make_evaluate(judged, held, self.place)
-            evaluate = lambda state: run(  # noqa: E731
-                state.solver.params, state.objective, stage.reference_params
-            )
-        return self._train(stage, Batches(iterator, inner), evaluate)
+        return stage, Batches(iterator, inner), self._evaluate(stage, run)
 
     def pair_stage(
         self, name: str, folder: Path, start: Policy, reference_params: Params | None
     ) -> Stage:
-        """A stage of pairs, ``preference`` or ``baseline``, whole but for its batches."""
+        """A stage of pairs, ``preference`` or ``baseline``, whole but for its batches.
+
+        Reads no data where ``train.steps`` is set and nothing is probed, and of ``start.params``
+        the shapes alone.
+        """
         config, loop = self.config, self.config.train
         named = self._solver_of(name)
-        rows, sft_rows = self.rows("data", start), self._inner_rows(name, start)
-        steps = self._steps(loop, rows)
+        steps = loop.steps or self._steps(loop, self.rows("data", start))
         outer, schedule = make_chain(config.outer, steps)
         inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
         solver = make_solver(named.name, outer=outer, inner=inner, **named.options)
         if not solver_uses(named.name, "outer"):
             schedule = inner_schedule
-        objective = self._pair_objective(start, "chosen" if sft_rows is None else "sft")
+        own = self._has_inner_rows(name)
+        objective = self._pair_objective(start, "sft" if own else "chosen")
         stage = self._stage(name, folder, start, loop, steps, schedule, objective, solver)
         stage = stage._replace(
             reference_params=reference_params,
@@ -236,7 +278,7 @@ class Trainer:
         if config.dynamics.every is None:
             return stage
         return stage._replace(
-            probes=self._probes(stage, rows, sft_rows),
+            probes=self._probes(stage, self.rows("data", start), self._inner_rows(name, start)),
             probe_every=probe_rhythm(config.dynamics.every, steps),
         )
 
@@ -245,10 +287,11 @@ class Trainer:
 
     def _inner_rows(self, name: str, start: Policy) -> Rows | None:
         """SFT rows of the inner level, where they are not the chosen completions."""
+        return self.rows("sft_data", start) if self._has_inner_rows(name) else None
+
+    def _has_inner_rows(self, name: str) -> bool:
         own = self.config.objective.inner_data == "sft"
-        if own and self._solver_of(name).name != "preference_only":
-            return self.rows("sft_data", start)
-        return None
+        return own and self._solver_of(name).name != "preference_only"
 
     def _inner_size(self) -> int:
         return self.config.train.inner_batch_size or self.config.train.batch_size

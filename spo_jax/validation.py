@@ -18,6 +18,7 @@ import optax
 
 from spo_jax.config import (
     BUILTIN_TASK,
+    AnswersConfig,
     Config,
     DataConfig,
     DynamicsConfig,
@@ -29,6 +30,7 @@ from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, 
 from spo_jax.losses import LOSSES, hyperparameters, make_preference_loss
 from spo_jax.optimizers import optimizer_options
 from spo_jax.solvers import INSIDE, PENALTIES, SOLVERS, make_solver
+from spo_jax.tasks import TASKS
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -72,8 +74,11 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["dynamics"] = "no stage is preference"
     elif config.dynamics.every is None:
         unused["dynamics"] = "dynamics.every is not set, so nothing is probed"
-    if BUILTIN_TASK not in (config.data.train, config.sft_data.train):
+    builtin = (config.data.train, config.sft_data.train, config.answers.data)
+    if BUILTIN_TASK not in builtin:
         unused["task"] = f"no data set is {BUILTIN_TASK}"
+        if config.answers.data is None:
+            unused["answers"] = "answers.data is not set, so nothing is graded"
     if preference and not _takes_steps(config, "outer"):
         unused["outer"] = f"solver {config.solver.name} takes no outer steps"
     return unused
@@ -208,6 +213,8 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         _validate_optimizer("inner", config.inner)
     if "dynamics" not in unused_sections(config):
         _validate_dynamics(config.dynamics)
+    if "answers" not in unused_sections(config):
+        _validate_answers(config)
 
 
 def _validate_solver(config: Config) -> None:
@@ -254,6 +261,43 @@ def _validate_dynamics(dynamics: DynamicsConfig) -> None:
         raise ConfigError(
             f"dynamics.own_step_rate would be ignored: gradients {dynamics.gradients} take no "
             "step on one pair alone. Set dynamics.gradients: exact"
+        )
+
+
+def _validate_answers(config: Config) -> None:
+    answers = config.answers
+    if answers.data in (None, BUILTIN_TASK):
+        ignored = ("task", "subset", "max_prompt_length", "chat_template")
+        for key in ignored:
+            if getattr(answers, key) != getattr(AnswersConfig(), key):
+                raise ConfigError(
+                    f"answers.{key} would be ignored: the problems are those of {BUILTIN_TASK}"
+                )
+        sizes = {
+            "test": config.task.test_problems,
+            "validation": config.task.validation_problems,
+        }
+        if answers.split not in sizes:
+            raise ConfigError(f"answers.split={answers.split!r}: choose test or validation")
+        if sizes[answers.split] < 1:
+            raise ConfigError(
+                f"answers.split={answers.split}: there are none of these problems. Set "
+                f"task.{answers.split}_problems"
+            )
+    elif answers.task not in TASKS:
+        raise ConfigError(
+            f"answers.task={answers.task!r}: choose how answers are graded, one of "
+            f"{', '.join(TASKS)}{nearest(str(answers.task), list(TASKS))}"
+        )
+    for name in ("max_rows", "every", "max_prompt_length", "max_new_tokens", "batch_size"):
+        value = getattr(answers, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"answers.{name}={value}: expected a positive number")
+    rhythm = config.train.eval_every
+    if answers.every is not None and (rhythm is None or answers.every % rhythm):
+        raise ConfigError(
+            f"answers.every={answers.every} with train.eval_every={rhythm}: answers are graded at "
+            "evaluations, set a multiple of train.eval_every"
         )
 
 

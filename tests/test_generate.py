@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.generate import generate, truncate
+from spo_jax.generate import generate, room_steps, truncate
 from spo_jax.models import load_model, load_params
 from tests.models.make_fixtures import transformers_model
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
+from tests.tiny import tiny_model, tiny_params
 
 NEW = 9
 
@@ -214,3 +215,62 @@ def test_settings_of_sampling_that_cannot_be(load, settings, word):
     keys = jax.random.split(jax.random.PRNGKey(0), len(tokens))
     with pytest.raises(ValueError, match=word):
         generate(model, params, tokens, mask, max_new_tokens=2, eos_ids=(), keys=keys, **settings)
+
+
+def test_the_cache_grows_by_doubling():
+    assert room_steps(1) == (1,)
+    assert room_steps(128) == (128,)
+    assert room_steps(129) == (128, 129)
+    assert room_steps(700) == (128, 256, 512, 700)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_cache_that_grows_changes_nothing(load, monkeypatch, name):
+    """Windows included; and a row that ends in the first room is padded behind it."""
+    model, params = load(name)
+    tokens, mask = prompts()
+    at_once = greedy(model, params, tokens, mask)
+    monkeypatch.setattr("spo_jax.generate._FIRST_ROOM", 2)
+    assert room_steps(NEW) == (2, 4, 8, NEW)
+    np.testing.assert_array_equal(greedy(model, params, tokens, mask), at_once)
+    ends = tuple(int(row[0]) for row in at_once)
+    stopped = greedy(model, params, tokens, mask, eos_ids=ends, pad_id=39)
+    np.testing.assert_array_equal(stopped[:, 0], at_once[:, 0])
+    assert (stopped[:, 1:] == 39).all()
+
+
+def test_rooms_that_are_not_needed_are_not_compiled(load, monkeypatch):
+    """Every row has its EOS in the first room."""
+    model, params = load("llama")
+    tokens, mask = prompts()
+    ends = tuple(int(i) for i in greedy(model, params, tokens, mask)[:, 1])
+    monkeypatch.setattr("spo_jax.generate._FIRST_ROOM", 4)
+
+    def refuse(cache, length):
+        raise AssertionError(f"grown to {length}")
+
+    monkeypatch.setattr("spo_jax.generate._grow", refuse)
+    assert greedy(model, params, tokens, mask, eos_ids=ends).shape == (3, NEW)
+    with pytest.raises(AssertionError, match="grown to 15"):
+        greedy(model, params, tokens, mask)
+
+
+def test_generation_can_be_part_of_a_compiled_function(load, monkeypatch):
+    model, params = load("llama")
+    tokens, mask = prompts()
+    plain = greedy(model, params, tokens, mask)
+    monkeypatch.setattr("spo_jax.generate._FIRST_ROOM", 4)
+    settings = {"max_new_tokens": NEW, "temperature": 0.0, "eos_ids": ()}
+    inside = jax.jit(lambda p, t, m: generate(model, p, t, m, **settings))
+    np.testing.assert_array_equal(inside(params, tokens, mask), plain)
+
+
+def test_matrices_are_cast_once():
+    model = tiny_model(compute_dtype="bfloat16")
+    params = model.decode_params(tiny_params(model))
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert dtypes["embed"] == dtypes["layers/attention/q/kernel"] == jnp.bfloat16
+    assert dtypes["final_norm/scale"] == dtypes["layers/mlp_norm/scale"] == jnp.float32

@@ -51,7 +51,8 @@ TEXT = {"repetition", "distinct_1", "distinct_2", "distinct_3"}
 
 def write_pairs(path, count=24):
     """Sums with a wrong last digit as rejected."""
-    problems, _, _ = arithmetic.make_problems(digits=2, sft=count, preference=0, test=0, seed=3)
+    sizes = {"preference": 0, "test": 0, "validation": 0}
+    problems = arithmetic.make_problems(digits=2, sft=count, **sizes, seed=3).sft
     rows = [
         {"prompt": p.prompt, "chosen": p.completion, "rejected": p.completion[:-1] + wrong}
         for p, wrong in zip(problems, "0123456789" * 3, strict=False)

@@ -15,6 +15,8 @@ import pytest
 
 from spo_jax.cli import make_parser
 from spo_jax.cli.training import read_overrides
+from spo_jax.config_io import read_tree
+from spo_jax.study import read_study
 from spo_jax.validation import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +50,12 @@ def header_commands(path: Path) -> list[list[str]]:
 def test_configuration_is_valid_with_the_commands_of_its_header(path):
     commands = header_commands(path)
     assert commands, f"{shown(path)} does not start with its command"
+    study = "run" in read_tree(path)
     for program, command, config, *rest in commands:
         assert (program, config) == ("spo-jax", shown(path))
-        assert command in ("train", "sft")
-        load_config(path, read_overrides([word for word in rest if word != "--resume"]))
+        assert command in (("study",) if study else ("train", "sft"))
+        read = read_study if study else load_config
+        read(path, read_overrides([word for word in rest if word != "--resume"]))
 
 
 def test_there_are_configurations():
@@ -150,11 +154,12 @@ LAYERS = (
     ("terms",),
     ("objectives", "generate", "bandit"),
     ("evaluate", "prepare", "validation", "loop", "step", "dynamics"),
-    ("builtin", "probe_set"),
+    ("answers", "make_pairs", "probe_set"),
+    ("builtin",),
     ("probes",),
     ("stages",),
-    ("train", "evaluation", "export", "report"),
-    ("probing",),
+    ("train", "evaluation", "export", "report", "outputs", "judging"),
+    ("probing", "study", "plan"),
     ("cli",),
     ("__main__",),
 )  # fmt: skip

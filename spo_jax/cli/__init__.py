@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from spo_jax.cli import models, reports, training
+from spo_jax.cli import generation, make_pairs, models, reports, study, training
 
 _DESCRIPTION = """\
 Align a language model on preference pairs with Stable Preference Optimization (SPO).
@@ -18,12 +18,19 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax train CONFIG --resume                go on where a run stopped
   spo-jax export RUN OUT                       a folder that transformers loads
   spo-jax evaluate RUN_OR_MODEL --data FILE    held-out log-probs and margins
+  spo-jax generate RUN_OR_MODEL --data FILE --out OUTPUTS.json
+                                               outputs that AlpacaEval 2 reads
+  spo-jax judge OUTPUTS.json OTHER.json --judge COMMAND
+                                               win rate by a judge of your own
+  spo-jax make-pairs RUN_OR_MODEL --data FILE --task TASK --out PAIRS.jsonl
+                                               pairs from the model's own mistakes
   spo-jax dynamics CONFIG_OR_RUN               why probabilities moved: train with probes, or
                                                probe a run's checkpoints
   spo-jax report RUN                           figures and tables of a run as one HTML page
+  spo-jax study CONFIG                         methods with and without SPO over seeds
 """
 
-_COMMANDS = (training, models, reports)
+_COMMANDS = (training, models, generation, make_pairs, study, reports)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -80,7 +81,6 @@ def _train(options: argparse.Namespace) -> int:
     overrides = options.overrides
     if options.help:
         return options.show_help()
-    from spo_jax.config import BUILTIN_TASK
     from spo_jax.config_io import ConfigError
     from spo_jax.loop import Stopped
 
@@ -102,7 +102,6 @@ def _train(options: argparse.Namespace) -> int:
             )
         only = "sft"
 
-    from spo_jax.builtin import task_table
     from spo_jax.train import Trainer
 
     trainer = Trainer(config, resume=options.resume, only=only)
@@ -115,11 +114,9 @@ def _train(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 128 + stopped.signal_number
-    if BUILTIN_TASK in (config.data.train, config.sft_data.train):
-        table = task_table(config, trainer.root, results)
-        print(format_table(table, _title(config)))
-    else:
-        print(format_table([{"stage": k, **v.metrics} for k, v in results.items()], "held out"))
+    table = [{"stage": stage, **result.metrics} for stage, result in results.items()]
+    (trainer.root / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    print(format_table(table, _title(config)))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")
     if options.command == "dynamics":
@@ -149,9 +146,9 @@ def _probed(written: list[Path], run: str) -> int:
 
 def _title(config: Any) -> str:
     loss, solver = config.loss.name, config.solver.name
-    return (
-        f"Built-in arithmetic, loss {loss}; preference = {loss} + SPO ({solver}), baseline = {loss}"
-    )
+    stages = {"preference": f"{loss} + {solver}", "baseline": loss}
+    said = [f"{stage} = {what}" for stage, what in stages.items() if stage in config.stages]
+    return ", ".join(["Held out", *said])
 
 
 _COLUMNS = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from spo_jax.models.attention import Layout
+from spo_jax.models.cache import Cache, grow_cache
 from spo_jax.models.config import DecoderConfig, Execution, RopeScaling
-from spo_jax.models.decoder import Cache, Model
+from spo_jax.models.decoder import Model
 from spo_jax.models.export import save_pretrained
 from spo_jax.models.families import FAMILIES, decoder_config_from_hf, decoder_config_to_hf
 from spo_jax.models.folders import load_hf_config, resolve_model_folder
@@ -21,6 +22,7 @@ __all__ = [
     "WeightsError",
     "decoder_config_from_hf",
     "decoder_config_to_hf",
+    "grow_cache",
     "init_model",
     "load_hf_config",
     "load_model",

@@ -159,7 +159,10 @@ class PrefillAttention(flax.struct.PyTreeNode):
 
 
 class CachedAttention(flax.struct.PyTreeNode):
-    """One new token a row attends to the cached slots marked ``valid`` and to itself."""
+    """One new token a row is put into ``slot`` and attends to the slots marked ``valid``.
+
+    ``valid`` marks the new token's own slot too.
+    """
 
     valid: Bool[Array, "B S"]
     slot: Int[Array, ""]
@@ -167,23 +170,22 @@ class CachedAttention(flax.struct.PyTreeNode):
     def attend(
         self, q: Any, k: Any, v: Any, window: Window, cached: tuple[Any, Any]
     ) -> tuple[Any, tuple[Any, Any]]:
-        """Return the outputs ``[B, 1, H, d]`` and this token's keys and values.
+        """Return the outputs ``[B, 1, H, d]`` and the layer's ``[B, K, d, S]`` cache with them.
 
-        The token's own key is scored beside the cache instead of being written into it
-        first: the cache then stays read-only inside the scan over layers and is updated
-        once a step, in place.
+        Slots lie along the last axis: scores, softmax and the weighted sum all run over them,
+        and no product needs a transposed copy of the cache.
         """
-        keys, values = cached
-        B, S, K, d = keys.shape
-        grouped = q.reshape(B, K, -1, d)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new[:, 0, :, :, None], self.slot, axis=3)
+            for old, new in zip(cached, (k, v), strict=True)
+        )
+        B, K, d, S = keys.shape
         seen = self.valid
         if window is not None:
             seen &= self.slot - jnp.arange(S) < window
-        past = jnp.einsum("bkgd,bskd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-        own = jnp.einsum("bkgd,bkd->bkg", grouped, k[:, 0], preferred_element_type=jnp.float32)
-        past = jnp.where(seen[:, None, None], past, -jnp.inf)
-        scores = jnp.concatenate([past, own[..., None]], axis=-1) * d**-0.5
+        grouped = q.reshape(B, K, -1, d)
+        scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, None, None], scores * d**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgs,bskd->bkgd", weights[..., :S], values)
-        out += weights[..., S:] * v[:, 0, :, None]
-        return out.reshape(q.shape), (k, v)
+        out = jnp.einsum("bkgs,bkds->bkgd", weights, values)
+        return out.reshape(q.shape), (keys, values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +21,7 @@ from spo_jax.models.attention import (
     PrefillAttention,
     split_branches,
 )
+from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.config import REMAT_POLICIES, DecoderConfig, Execution
 from spo_jax.models.rope import rotate, rotation
 from spo_jax.types import Params
@@ -146,18 +146,8 @@ def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
 
-class Cache(NamedTuple):
-    """Keys and values of ``S`` slots, stacked over layers; generation fills slots left to right.
-
-    ``valid`` marks slots that hold a token, ``positions`` is each row's next position and
-    ``slot`` the next slot to fill.
-    """
-
-    keys: Float[Array, "L B S K d"]
-    values: Float[Array, "L B S K d"]
-    valid: Bool[Array, "B S"]
-    positions: Int[Array, "B"]
-    slot: Int[Array, ""]
+_MATRICES = ("kernel", "embed", "head")
+"""Names of the parameters that products are taken with."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +218,7 @@ class Model:
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of ``length`` slots a row: the prompt's and the tokens to come."""
-        c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        empty = jnp.zeros(shape, self.execution.compute_dtype)
-        return Cache(
-            keys=empty,
-            values=empty,
-            valid=jnp.zeros((batch, length), bool),
-            positions=jnp.zeros((batch,), jnp.int32),
-            slot=jnp.zeros((), jnp.int32),
-        )
+        return empty_cache(self.config, self.execution.compute_dtype, batch, length)
 
     def prefill(
         self,
@@ -251,35 +232,49 @@ class Model:
         context = PrefillAttention(
             segment_ids=mask.astype(jnp.int32), kernel=self.execution.attention
         )
-        x, (keys, values) = self._apply(params, tokens, positions_from_mask(mask), context)
+        x, kept = self._apply(params, tokens, positions_from_mask(mask), context)
+        keys, values = (
+            tuple(old.at[..., :P].set(new) for old, new in zip(olds, news, strict=True))
+            for olds, news in zip(cache[:2], (jnp.moveaxis(t, 2, 4) for t in kept), strict=True)
+        )
         return x[:, -1], Cache(
-            keys=cache.keys.at[:, :, :P].set(keys),
-            values=cache.values.at[:, :, :P].set(values),
+            keys=keys,
+            values=values,
             valid=cache.valid.at[:, :P].set(mask),
             positions=jnp.sum(mask, axis=1, dtype=jnp.int32),
             slot=jnp.asarray(P, jnp.int32),
         )
 
+    def decode_params(self, params: Params) -> Params:
+        """Parameters for many ``decode_step``: matrices in the compute dtype, cast once."""
+        dtype = self.execution.compute_dtype
+        return jax.tree.map_with_path(
+            lambda path, x: x.astype(dtype) if path[-1].key in _MATRICES else x, params
+        )
+
     def decode_step(
         self, params: Params, cache: Cache, tokens: Int[Array, "B"]
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Append one token a row; returns its hidden state and the cache that now holds it."""
-        context = CachedAttention(valid=cache.valid, slot=cache.slot)
-        x, (keys, values) = self._apply(
-            params,
-            tokens[:, None],
-            cache.positions[:, None],
-            context,
-            (cache.keys, cache.values),
-        )
-        put = jax.lax.dynamic_update_slice_in_dim
-        return x[:, 0], Cache(
-            keys=put(cache.keys, keys, cache.slot, axis=2),
-            values=put(cache.values, values, cache.slot, axis=2),
-            valid=put(cache.valid, jnp.ones_like(cache.valid[:, :1]), cache.slot, axis=1),
-            positions=cache.positions + 1,
-            slot=cache.slot + 1,
-        )
+        """Append one token a row; returns its hidden state and the cache that now holds it.
+
+        The layers are written out one after the other: a scan over them would copy each
+        layer's part of the cache at every step.
+        """
+        c, e = self.config, self.execution
+        own = jnp.ones_like(cache.valid[:, :1])
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, own, cache.slot, axis=1)
+        context = CachedAttention(valid=valid, slot=cache.slot)
+        rotated = rotation(c, cache.positions[:, None])
+        x = params["embed"][tokens][:, None].astype(e.compute_dtype)
+        kept = []
+        for i, cached in enumerate(zip(cache.keys, cache.values, strict=True)):
+            layer = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])}
+            window = None if c.layer_windows is None else int(c.layer_windows[i])
+            x, now = Layer(c, e).apply(layer, x, window, cached, rotated, context)
+            kept.append(now)
+        keys, values = zip(*kept, strict=True)
+        x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)
+        return x[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.slot + 1)
 
     @property
     def _trunk(self) -> Decoder:

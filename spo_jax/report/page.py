@@ -28,6 +28,10 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0;
 thead th { border-bottom: 1.5px solid #888; }
 tbody th { font-weight: normal; color: #555; white-space: nowrap; }
 table.runs td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+table.grid { font-size: .82rem; }
+table.grid td { font-variant-numeric: tabular-nums; white-space: pre-line; }
+table.grid tbody th { color: #222; white-space: pre-line; }
+p.note { color: #555; font-size: .85rem; margin-top: .4rem; }
 table.texts { table-layout: fixed; font-size: .8rem; }
 table.texts td { font-family: ui-monospace, monospace; white-space: pre-wrap;
                  overflow-wrap: anywhere; }
@@ -56,12 +60,22 @@ class Samples(NamedTuple):
     rows: Sequence[Mapping[str, str]]
 
 
+class Grid(NamedTuple):
+    """A table of texts: rows as long as ``columns``, the first cell naming the row."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
 class Section(NamedTuple):
-    """A heading with its pictures, then tables of texts."""
+    """A heading with its tables, its pictures, then tables of answers."""
 
     heading: str
     pictures: Sequence[Picture]
     samples: Sequence[Samples] = ()
+    grids: Sequence[Grid] = ()
 
 
 def make_page(
@@ -74,9 +88,11 @@ def make_page(
 ) -> str:
     """The page as HTML; every text is escaped.
 
-    ``facts`` is the table of runs: rows of a name and a value for each of ``columns``.
+    ``facts`` is the table of runs: rows of a name and a value for each of ``columns``; without
+    columns, of a name and one value on everything.
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    head = f"<thead><tr><td></td>{head}</tr></thead>" if columns else ""
     rows = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{escape(value)}</td>" for value in values)
@@ -94,8 +110,7 @@ def make_page(
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(lead)}</p>',
         '<div class="wide"><table class="runs">',
-        f"<thead><tr><td></td>{head}</tr></thead>",
-        f"<tbody>\n{rows}\n</tbody></table></div>",
+        f"{head}<tbody>\n{rows}\n</tbody></table></div>",
         *(f'<p class="lead">{escape(note)}</p>' for note in notes),
         *(_section(section) for section in sections),
         "</body></html>",
@@ -105,6 +120,7 @@ def make_page(
 
 def _section(section: Section) -> str:
     parts = [f"<section><h2>{escape(section.heading)}</h2>"]
+    parts += [_grid(grid) for grid in section.grids]
     for picture in section.pictures:
         data = base64.b64encode(picture.png).decode("ascii")
         parts.append(
@@ -113,6 +129,22 @@ def _section(section: Section) -> str:
         )
     parts += [_texts(samples) for samples in section.samples]
     return "\n".join([*parts, "</section>"])
+
+
+def _grid(grid: Grid) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in grid.columns)
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in grid.rows
+    )
+    heading = f"<h3>{escape(grid.heading)}</h3>\n" if grid.heading else ""
+    note = f'\n<p class="note">{escape(grid.note)}</p>' if grid.note else ""
+    return (
+        f'{heading}<div class="wide"><table class="grid">'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}"
+    )
 
 
 def _texts(samples: Samples) -> str:

@@ -36,24 +36,41 @@ def solve(a: int, b: int, digits: int) -> Problem:
     return Problem(f"{left}+{right}=", "".join(steps) + f" {a + b}")
 
 
+class Problems(NamedTuple):
+    """The parts of the task; no problem is in two of them."""
+
+    sft: list[Problem]
+    preference: list[Problem]
+    test: list[Problem]
+    validation: list[Problem]
+
+
 def make_problems(
-    *, digits: int, sft: int, preference: int, test: int, seed: int
-) -> tuple[list[Problem], list[Problem], list[Problem]]:
-    """Disjoint SFT, preference and test problems, drawn without replacement.
+    *, digits: int, sft: int, preference: int, test: int, validation: int, seed: int
+) -> Problems:
+    """Disjoint problems of all parts, drawn without replacement.
+
+    The other parts do not depend on the size of ``validation``.
 
     Raises:
         ValueError: more problems than ``digits`` digits allow.
     """
     total, space = sft + preference + test, 10 ** (2 * digits)
-    if total > space:
+    if total + validation > space:
         raise ValueError(
-            f"{total} problems of {digits} digits were asked for, only {space} exist: "
+            f"{total + validation} problems of {digits} digits were asked for, only {space} exist: "
             "raise task.digits or ask for fewer"
         )
-    drawn = np.random.default_rng(seed).choice(space, size=total, replace=False)
+    generator = np.random.default_rng(seed)
+    drawn = generator.choice(space, size=total, replace=False)
+    # Drawn one by one, not from a list of the rest: there are too many problems for a list.
+    numbers = dict.fromkeys(int(x) for x in drawn)
+    while len(numbers) < total + validation:
+        numbers.setdefault(int(generator.integers(space)))
     size = 10**digits
-    problems = [solve(int(x) // size, int(x) % size, digits) for x in drawn]
-    return problems[:sft], problems[sft : sft + preference], problems[sft + preference :]
+    problems = [solve(x // size, x % size, digits) for x in numbers]
+    ends = np.cumsum([sft, preference, test])
+    return Problems(*(problems[i:j] for i, j in zip([0, *ends], [*ends, None], strict=True)))
 
 
 def is_correct(prompt: str, completion: str) -> bool:
@@ -67,18 +84,6 @@ def is_well_formed(completion: str) -> bool:
     """Whether the completion has an answer at all: a number behind its last space."""
     _, space, answer = completion.rpartition(" ")
     return bool(space) and answer.isdigit()
-
-
-def make_pairs(
-    problems: Sequence[Problem], samples: Sequence[Sequence[str]]
-) -> list[dict[str, str]]:
-    """Pairs of the right solution and each distinct wrong sample of the same problem."""
-    return [
-        {"prompt": p.prompt, "chosen": p.completion, "rejected": wrong}
-        for p, tried in zip(problems, samples, strict=True)
-        for wrong in dict.fromkeys(tried)
-        if wrong and not is_correct(p.prompt, wrong)
-    ]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -9,7 +9,6 @@ from spo_jax.tasks.arithmetic import (
     Problem,
     is_correct,
     is_well_formed,
-    make_pairs,
     make_problems,
     solve,
     vocabulary_size,
@@ -41,26 +40,34 @@ def test_grading(completion, right, formed):
 
 
 def test_problems_are_disjoint_seeded_and_right():
-    parts = make_problems(digits=2, sft=50, preference=40, test=30, seed=1)
-    assert [len(p) for p in parts] == [50, 40, 30]
+    sizes = {"digits": 2, "sft": 50, "preference": 40, "test": 30, "validation": 20}
+    parts = make_problems(**sizes, seed=1)
+    assert [len(p) for p in parts] == [50, 40, 30, 20]
     problems = [p for part in parts for p in part]
-    assert len({p.prompt for p in problems}) == 120
+    assert len({p.prompt for p in problems}) == 140
     assert all(is_correct(*p) for p in problems)
-    assert parts == make_problems(digits=2, sft=50, preference=40, test=30, seed=1)
-    assert parts != make_problems(digits=2, sft=50, preference=40, test=30, seed=2)
+    assert parts == make_problems(**sizes, seed=1)
+    assert parts != make_problems(**sizes, seed=2)
+
+
+def test_validation_problems_leave_the_others_as_they_are():
+    sizes = {"digits": 2, "sft": 5, "preference": 4, "test": 3, "seed": 1}
+    assert make_problems(**sizes, validation=0)[:3] == make_problems(**sizes, validation=9)[:3]
+
+
+def test_every_problem_that_exists_can_be_drawn():
+    parts = make_problems(digits=1, sft=40, preference=30, test=20, validation=10, seed=0)
+    assert len({p.prompt for part in parts for p in part}) == 100
+
+
+def test_problems_of_many_digits_need_no_list_of_all():
+    parts = make_problems(digits=9, sft=2, preference=2, test=2, validation=2, seed=0)
+    assert all(is_correct(*p) for part in parts for p in part)
 
 
 def test_too_many_problems_is_an_error():
     with pytest.raises(ValueError, match=r"only 100 exist: raise task\.digits"):
-        make_problems(digits=1, sft=90, preference=10, test=1, seed=0)
-
-
-def test_pairs_keep_each_wrong_sample_once():
-    problem = solve(1, 2, 1)
-    right, wrong = problem.completion, "1+2+0=04; 4"
-    rows = make_pairs([problem], [(wrong, right, wrong, "", " 5")])
-    assert [row["rejected"] for row in rows] == [wrong, " 5"]
-    assert {row["chosen"] for row in rows} == {right}
+        make_problems(digits=1, sft=80, preference=10, test=1, validation=10, seed=0)
 
 
 def test_rows_and_tokenizer_round_trip(tmp_path):

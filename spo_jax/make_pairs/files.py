@@ -1,0 +1,152 @@
+"""A file of JSON lines that is made block by block, and survives a stop at any moment."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PARTIAL = ".partial"
+"""Behind the name of a file that is not whole yet."""
+
+
+def meta_path(out: Path) -> Path:
+    """The description beside a file of pairs; no suffix of data, or a folder would load it."""
+    return out.with_suffix(".meta.yaml")
+
+
+def check_free(out: Path) -> None:
+    """Raise where ``out`` cannot be a new file of pairs."""
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: the pairs are JSON lines: give a name that ends in .jsonl")
+    # With both there, the stop fell between the last two steps of ``finish``.
+    if out.exists() and not out.with_name(out.name + PARTIAL).exists():
+        raise FileExistsError(f"{out} exists: name another file, or remove this one")
+
+
+class PairFile:
+    """``out`` in the making: ``OUT.partial`` is a line of settings, then a line for each block.
+
+    ``done`` of ``blocks`` are there already, with their ``counts``. A line without its end, as a
+    kill leaves it, is cut off.
+
+    Raises:
+        FileExistsError: ``out`` is there already.
+        ValueError: the partial file was made with other settings, or is none.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, blocks: int):
+        check_free(out)
+        self.out, self.blocks = out, blocks
+        self.partial = out.with_name(out.name + PARTIAL)
+        self.counts: list[dict[str, int]] = []
+        self._seen: set[bytes] = set()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        end = self._take_over(dict(settings)) if self.partial.exists() else 0
+        if out.exists() and self.done < blocks:
+            raise FileExistsError(f"{out} exists beside {self.partial}: remove one of them")
+        self._file = self.partial.open("ab")
+        os.truncate(self.partial, end)
+        if end == 0:
+            self._write({"settings": dict(settings)})
+
+    @property
+    def done(self) -> int:
+        """Blocks that are whole."""
+        return len(self.counts)
+
+    def _take_over(self, settings: dict[str, Any]) -> int:
+        """Bytes of the partial file that can be gone on from."""
+        end = 0
+        for line, here in _whole_lines(self.partial):
+            if end == 0:
+                self._check_settings(line, settings)
+            elif line.get("block") != self.done:
+                break
+            else:
+                self.counts.append(line["counts"])
+                self.unseen(line["rows"])
+            end = here
+        return end
+
+    def _check_settings(self, line: Mapping[str, Any], now: dict[str, Any]) -> None:
+        before = line.get("settings")
+        if not isinstance(before, dict):
+            raise ValueError(f"{self.partial} is no unfinished file of pairs: move it away")
+        # As JSON gives it back.
+        now = json.loads(json.dumps(now))
+        changed = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in {**before, **now}
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.partial} was begun with other settings: {'; '.join(changed)}. Go on with "
+                "those, or remove the file and begin anew"
+            )
+
+    def unseen(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows whose three texts no row had before; they count as seen from now on."""
+        kept = []
+        for row in rows:
+            texts = json.dumps([row["prompt"], row["chosen"], row["rejected"]])
+            key = hashlib.sha256(texts.encode()).digest()
+            if key not in self._seen:
+                self._seen.add(key)
+                kept.append(row)
+        return kept
+
+    def append(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> None:
+        """The next block, at once on the disk."""
+        self._write({"block": self.done, "counts": dict(counts), "rows": list(rows)})
+        self.counts.append(dict(counts))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+    def finish(self, description: Mapping[str, Any]) -> None:
+        """Move the rows to ``out``, with ``description`` beside it."""
+        self._file.close()
+        temporary = self.out.with_name(f".{self.out.name}.tmp")
+        with temporary.open("w") as file:
+            for line, _ in _whole_lines(self.partial):
+                file.writelines(json.dumps(row) + "\n" for row in line.get("rows", ()))
+        if self.out.exists() and not filecmp.cmp(temporary, self.out, shallow=False):
+            temporary.unlink()
+            raise FileExistsError(f"{self.out} exists beside {self.partial}: remove one of them")
+        text = yaml.safe_dump(dict(description), sort_keys=False, allow_unicode=True)
+        meta_path(self.out).write_text(text)
+        temporary.replace(self.out)
+        self.partial.unlink()
+
+    def close(self) -> None:
+        """Leave the partial file as it is."""
+        self._file.close()
+
+    def discard(self) -> None:
+        """Remove the partial file."""
+        self._file.close()
+        self.partial.unlink()
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each object of a file of JSON lines, and where its line ends, up to the first torn one."""
+    end = 0
+    with path.open("rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                return
+            if not raw.endswith(b"\n") or not isinstance(line, dict):
+                return
+            end += len(raw)
+            yield line, end

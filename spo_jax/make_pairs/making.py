@@ -1,0 +1,212 @@
+"""Pairs of a whole data set: sampled block by block, graded, written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from spo_jax.config import DataConfig, ModelConfig
+from spo_jax.data import TextRows
+from spo_jax.data.reference import params_fingerprint
+from spo_jax.evaluate import Completion
+from spo_jax.make_pairs.core import (
+    Counts,
+    Grader,
+    Problem,
+    check_gold,
+    pairs_of_samples,
+    row_to_problem,
+    total,
+)
+from spo_jax.make_pairs.files import PairFile, check_free
+from spo_jax.make_pairs.sampling import BLOCK, checked_prompt_ids, count_respelled, draw_samples
+from spo_jax.make_pairs.settings import PairSettings
+from spo_jax.make_pairs.summary import Progress, why_no_pairs
+from spo_jax.prepare import Policy, load_policy, read_rows, say
+from spo_jax.sharding import make_mesh
+from spo_jax.tasks import TASKS, Task
+
+
+def make_pairs(
+    model: str,
+    data: str,
+    out: str | Path,
+    settings: PairSettings,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    max_rows: int | None = None,
+    chat_template: str | None = None,
+    compute_dtype: str = "float32",
+    on_bad_row: str = "error",
+    batch_size: int = BLOCK,
+) -> Counts:
+    """``write_pairs`` of the rows of ``data``, by a run's policy or a model.
+
+    ``data`` are SFT rows, or pairs, of which the chosen are taken. With ``on_bad_row="skip"``
+    rows whose own answer cannot be graded right are left out too.
+    """
+    out = Path(out)
+    check_free(out)
+    section = DataConfig(
+        train=data,
+        train_split=split,
+        subset=subset,
+        max_rows=max_rows,
+        on_bad_row=on_bad_row,
+        chat_template=chat_template,
+    )
+    with TemporaryDirectory() as work:
+        config = ModelConfig(path=model, compute_dtype=compute_dtype)
+        policy = load_policy(config, make_mesh(), seed=0, work=Path(work))
+        rows = read_rows(section, "sft", policy.tokenizer, name="data")
+        problems = gradable_problems(rows, policy.tokenizer, settings.task, on_bad_row=on_bad_row)
+        return write_pairs(policy, problems, out, settings, model=model, batch_size=batch_size)
+
+
+def _main_grader(task: Task) -> Grader:
+    return next(iter(task.graders.values()))
+
+
+def gradable_problems(
+    rows: TextRows, tokenizer: Any, task: str, *, on_bad_row: str
+) -> list[Problem]:
+    """The problems of ``rows``; one that fails its own grading is an error, or is left out."""
+    grader, kept, left_out = _main_grader(TASKS[task]), [], []
+    for row, index in zip(rows, rows.source_rows, strict=True):
+        problem = row_to_problem(row, index, tokenizer)
+        try:
+            check_gold(problem, grader)
+        except ValueError as error:
+            left_out.append(f"{error}")
+            if on_bad_row == "error":
+                raise ValueError(
+                    f"{error}. Mend the row, or leave such rows out: --on-bad-row skip"
+                ) from None
+        else:
+            kept.append(problem)
+    if left_out:
+        say(f"{len(left_out)} rows left out that {task} cannot grade; the first: {left_out[0]}")
+    if not kept:
+        raise ValueError(f"none of {len(left_out)} rows is of task {task}; {left_out[0]}")
+    return kept
+
+
+def write_pairs(
+    policy: Policy,
+    problems: Sequence[Problem],
+    out: str | Path,
+    settings: PairSettings,
+    *,
+    model: str,
+    batch_size: int = BLOCK,
+) -> Counts:
+    """Sample, grade and write the pairs of ``problems`` to ``out``, whole or not at all.
+
+    Blocks of prompts that a stopped call had finished are taken over: the file is, byte for
+    byte, that of a call left alone. ``batch_size``, a matter of memory alone, may differ then.
+    ``model`` is what the policy is called in the description beside the file.
+
+    Raises:
+        FileExistsError: ``out`` is there already.
+        ValueError: what is there of it was made otherwise, a problem's own answer is graded
+            wrong, or there is no pair.
+    """
+    if not 1 <= batch_size <= BLOCK:
+        raise ValueError(
+            f"batch_size={batch_size}: use 1 to {BLOCK}, the prompts that are sampled together"
+        )
+    for problem in problems:
+        check_gold(problem, _main_grader(TASKS[settings.task]))
+    described = _describe(policy, problems, settings)
+    file = PairFile(Path(out), described, blocks=-(-len(problems) // BLOCK))
+    counts = total(Counts(**found) for found in file.counts)
+    shown = Progress(counts, len(problems))
+    try:
+        for block in range(file.done, file.blocks):
+            numbers = range(len(problems))[block * BLOCK : (block + 1) * BLOCK]
+            some = [problems[i] for i in numbers]
+            drawn = draw_samples(
+                policy,
+                [problem.prompt for problem in some],
+                settings,
+                rows=numbers,
+                endings=sorted({problem.ending for problem in some}),
+                batch_size=batch_size,
+                progress=partial(shown.update, counts),
+            )
+            found = _append(file, some, drawn, settings, described["policy"], policy.tokenizer)
+            counts = total([counts, found])
+            shown.update(counts)
+    finally:
+        shown.close()
+        file.close()
+    if counts.pairs == 0:
+        file.discard()
+        raise ValueError(why_no_pairs(counts, settings))
+    versions = {name: version(name) for name in ("spo-jax", "jax", "transformers")}
+    file.finish(
+        {"model": model, "settings": described, "counts": counts._asdict(), "versions": versions}
+    )
+    return counts
+
+
+def _describe(
+    policy: Policy, problems: Sequence[Problem], settings: PairSettings
+) -> dict[str, Any]:
+    """What decides the file, in values that can be compared."""
+    ids = checked_prompt_ids(
+        policy.tokenizer, [problem.prompt for problem in problems], settings.max_prompt_length
+    )
+    return {
+        **asdict(settings),
+        "max_new_tokens": settings.answer_tokens,
+        "policy": params_fingerprint(policy.params)[:16],
+        "prompts": len(problems),
+        "data": _digest(problems),
+        "tokens": _digest(ids),
+    }
+
+
+def _append(
+    file: PairFile,
+    problems: Sequence[Problem],
+    drawn: Sequence[Sequence[Completion]],
+    settings: PairSettings,
+    policy: str,
+    tokenizer: Any,
+) -> Counts:
+    """Grade a block and append its pairs, less those that are in the file already."""
+    task = TASKS[settings.task]
+    rows, rejected, counts = [], [], []
+    for problem, samples in zip(problems, drawn, strict=True):
+        made, found = pairs_of_samples(
+            problem,
+            samples,
+            _main_grader(task),
+            chosen=settings.chosen,
+            cut_off=settings.cut_off,
+            most=settings.max_pairs_per_prompt,
+            answered=task.answered,
+        )
+        fresh = file.unseen([{**row, "policy": policy} for row in made])
+        again = len(made) - len(fresh)
+        rows += fresh
+        rejected += [samples[row["sample"]] for row in fresh]
+        counts += [found, Counts(duplicates=again, pairs=-again)]
+    counts.append(Counts(respelled=count_respelled(tokenizer, rejected)))
+    file.append(rows, total(counts)._asdict())
+    return total(counts)
+
+
+def _digest(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()[:16]

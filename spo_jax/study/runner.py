@@ -1,0 +1,197 @@
+"""Run the cells of a study, several at once, from where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from spo_jax.study.config import Cell, StudyConfig, resolved, run_cells, start_cells
+from spo_jax.study.worker import RESULT_FILE, CellFailed, run_cell, set_up
+
+
+def read_result(cell: Cell) -> dict[str, Any] | None:
+    """The kept result of a cell, or None where there is none yet.
+
+    Raises:
+        ValueError: it was run with other settings.
+    """
+    path = cell.folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    changed = _changes(result["config"], json.loads(json.dumps(resolved(cell))))
+    if changed:
+        raise ValueError(
+            f"{cell.folder} was run with other settings: {'; '.join(changed)}. Choose another "
+            "--output-dir, or remove that folder to run it anew"
+        )
+    return result
+
+
+def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [
+            line
+            for key in keys
+            for line in _changes(before.get(key), now.get(key), f"{prefix}{key}.")
+        ]
+    return [] if before == now else [f"{prefix[:-1]}: {before} -> {now}"]
+
+
+def run_study(
+    study: StudyConfig, *, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> list[str]:
+    """Run every cell that has no result yet; returns what failed, in words.
+
+    A failed cell does not stop the others; those that start from it are left out. The same
+    call again goes on: finished cells are kept, a broken-off one goes on from its last
+    checkpoint.
+    """
+    starts, runs = start_cells(study), run_cells(study)
+    done = {cell.folder for cell in [*starts, *runs] if read_result(cell) is not None}
+    left = [cell for cell in [*starts, *runs] if cell.folder not in done]
+    total = len(starts) + len(runs)
+    say(f"{study.title}: {total} runs, {len(done)} of them done; {study.jobs} at a time")
+    if not left:
+        return []
+    compiled = Path(study.output_dir) / "compiled"
+    compiled.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    began, finished = time.perf_counter(), 0
+
+    def note(cell: Cell, outcome: dict[str, Any] | Exception) -> None:
+        nonlocal finished
+        finished += 1
+        if isinstance(outcome, Exception):
+            failed.append(str(outcome))
+            say(f"FAILED {outcome}")
+            return
+        rest = (len(left) - finished) * (time.perf_counter() - began) / finished
+        accuracy = outcome["metrics"].get("accuracy")
+        shown = "" if accuracy is None else f" {100 * accuracy:.1f} %"
+        say(
+            f"[{len(done) + finished}/{total}] {cell.name}:{shown} in {outcome['seconds']:.0f} s; "
+            f"about {rest / 60:.0f} min left"
+        )
+
+    outcomes = _one_by_one if study.jobs == 1 else _at_once
+    with _terminated_as_interrupted():
+        for cell, outcome in outcomes(study, left, done, compiled):
+            note(cell, outcome)
+    return failed
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that the workers are ended too."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _origin(cell: Cell, starts: list[Cell]) -> Cell:
+    return next(s for s in starts if (s.start, s.seed) == (cell.start, cell.seed))
+
+
+def _one_by_one(
+    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path
+) -> Iterator[tuple[Cell, Any]]:
+    set_up(None, compiled)
+    starts, lost = start_cells(study), set()
+    for cell in left:
+        origin = _origin(cell, starts).folder
+        if origin in lost and cell.folder != origin:
+            yield cell, CellFailed(f"{cell.name}: left out, its start failed")
+            continue
+        try:
+            yield cell, run_cell(study, cell)
+        except CellFailed as error:
+            lost.add(cell.folder)
+            yield cell, error
+
+
+def _at_once(
+    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path
+) -> Iterator[tuple[Cell, Any]]:
+    """Worker processes, each with its share of the cores; a start goes before its runs."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"jobs={study.jobs} on {jax.default_backend()}: processes cannot share the "
+            "accelerators. Set jobs: 1, its runs use all of them"
+        )
+    starts = start_cells(study)
+    ready = done.copy()
+    waiting, lost = list(left), set()
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    for share in _shares(study.jobs):
+        cores.put(share)
+    with ProcessPoolExecutor(
+        study.jobs, mp_context=context, initializer=_begin, initargs=(cores, compiled)
+    ) as pool:
+        running: dict[Future, Cell] = {}
+        while waiting or running:
+            for cell in list(waiting):
+                origin = _origin(cell, starts).folder
+                if origin in lost:
+                    waiting.remove(cell)
+                    yield cell, CellFailed(f"{cell.name}: left out, its start failed")
+                elif len(running) < study.jobs and (cell.folder == origin or origin in ready):
+                    waiting.remove(cell)
+                    running[pool.submit(run_cell, study, cell)] = cell
+            if not running:
+                continue
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                cell = running.pop(future)
+                try:
+                    result = future.result()
+                except CellFailed as error:
+                    lost.add(cell.folder)
+                    yield cell, error
+                except BrokenProcessPool:
+                    raise RuntimeError(
+                        f"the process of {cell.name} died (out of memory?): see the log.txt "
+                        f"under {study.output_dir}. The same command goes on; --jobs 1 needs "
+                        "less memory"
+                    ) from None
+                else:
+                    ready.add(cell.folder)
+                    yield cell, result
+
+
+def _begin(cores: Any, compiled: Path) -> None:
+    set_up(cores.get(), compiled)
+
+
+def _shares(jobs: int) -> list[tuple[int, ...] | None]:
+    """The processor cores of each worker: even shares, or all of them where there are too few."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [None] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < jobs:
+        return [None] * jobs
+    return [tuple(cores[i::jobs]) for i in range(jobs)]

@@ -1,0 +1,150 @@
+"""One cell of a study: run it, keep its result beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spo_jax.builtin import PAIRS_FILE
+from spo_jax.study.config import (
+    Cell,
+    StudyConfig,
+    has_sft,
+    pair_options,
+    pairs_config,
+    resolved,
+    run_cells,
+)
+
+RESULT_FILE = "result.json"
+LOG_FILE = "log.txt"
+
+
+class CellFailed(RuntimeError):
+    """A run of the grid did not get to its end; the text says why and where its log is."""
+
+
+def set_up(cores: tuple[int, ...] | None, compiled: Path) -> None:
+    """Before JAX starts: this process' processor cores, and where compiled programs are shared."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    _end_with_the_parent()
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _end_with_the_parent() -> None:
+    """On Linux: be told to save and stop when the process that started this one is gone."""
+    if multiprocessing.parent_process() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """Train, evaluate and grade one cell, from its newest checkpoint where there is one.
+
+    Everything said on the way goes to its ``log.txt``. Returns what ``result.json`` keeps.
+
+    Raises:
+        CellFailed: with the last line of the error.
+    """
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    log = cell.folder / LOG_FILE
+    started = time.perf_counter()
+    try:
+        with _output_to(log):
+            try:
+                metrics = _start(study, cell) if _is_start(cell) else _pairs(cell)
+            except BaseException:
+                traceback.print_exc()
+                raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise CellFailed(f"{cell.name}: {said[0]} (the whole of it: {log})") from None
+    result = {
+        "config": resolved(cell),
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    temporary = cell.folder / f".{RESULT_FILE}.tmp"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(cell.folder / RESULT_FILE)
+    return result
+
+
+def _is_start(cell: Cell) -> bool:
+    return cell.folder.parent.parent.name == "starts"
+
+
+def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
+    """The SFT stage, the pairs its policy gives, and its own held-out metrics."""
+    import jax
+
+    from spo_jax.builtin import builtin_data
+    from spo_jax.make_pairs import make_pairs
+    from spo_jax.train import Trainer
+    from spo_jax.validation import checked_config
+
+    config, metrics = checked_config(cell.tree), {}
+    if has_sft(study):
+        finished = Trainer(config, resume=True).run()["sft"]
+        metrics |= finished.metrics
+        pairs = pairs_config(study, cell)
+        if pairs is not None:
+            builtin_data(pairs, "data", finished.policy, cell.folder, resume=True)
+    if study.pairs and not (cell.folder / PAIRS_FILE).exists():
+        rows, settings = pair_options(study, cell.seed)
+        model = str(cell.folder) if has_sft(study) else config.model.path
+        make_pairs(model, rows.pop("data"), cell.folder / PAIRS_FILE, settings, **rows)
+    own = [c for c in run_cells(study) if (c.start, c.seed) == (cell.start, cell.seed)]
+    if own:
+        judged = {**own[0].tree, "output_dir": str(cell.folder / "judged")}
+        found = Trainer(checked_config(judged), resume=True).judge_start()
+        # Rewards are of no loss here, and against itself the start has none.
+        metrics |= {k: v for k, v in found.items() if not k.startswith("rewards/") and k != "loss"}
+        answers = cell.folder / "judged" / "answers.jsonl"
+        if answers.exists():
+            answers.replace(cell.folder / "answers.jsonl")
+    jax.clear_caches()
+    return metrics
+
+
+def _pairs(cell: Cell) -> dict[str, float]:
+    import jax
+
+    from spo_jax.train import Trainer
+    from spo_jax.validation import checked_config
+
+    found = Trainer(checked_config(cell.tree), resume=True).run()["preference"].metrics
+    jax.clear_caches()
+    return found
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send this process' standard output and error, libraries' too, to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, number)
+                os.close(saved)

@@ -1,0 +1,159 @@
+"""An update compiled from shapes alone is the one that training runs, and its memory is known."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from spo_jax.models import init_model, load_hf_config
+from spo_jax.plan import compile_pair_update, memory_summary
+from spo_jax.prepare import execution, load_policy
+from spo_jax.sharding import make_mesh, place_batch, sharded_shapes
+from spo_jax.stages import compile_step
+from spo_jax.step import init_state, shard_state
+from spo_jax.train import Trainer
+from spo_jax.validation import checked_config
+from tests.tiny import ARCHITECTURE
+
+SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}
+TREE = {
+    "model": {"tokenizer": "builtin:arithmetic", "init": ARCHITECTURE},
+    "sft_data": SHORT,
+    "data": SHORT,
+    "task": {
+        "digits": 1,
+        "sft_problems": 40,
+        "preference_problems": 24,
+        "test_problems": 8,
+        "samples": 2,
+    },
+    "loss": {"name": "alphadpo", "beta": 2.0, "gamma_beta_ratio": 0.3, "alpha": 0.1},
+    "outer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},
+    "train": {"steps": 4, "batch_size": 16, "gradient_accumulation": 2},
+    "mesh": {"data": 2, "fsdp": -1},
+}
+KINDS = {
+    "frozen log-probs": {},
+    "reference and SFT rows in the step": {
+        "reference": {"mode": "online"},
+        "objective": {"inner_data": "sft"},
+        "train": {**TREE["train"], "inner_batch_size": 32},
+    },
+    "no reference": {
+        "reference": {"mode": "none"},
+        "loss": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5},
+        "solver": {"name": "preference_only"},
+        "objective": {"inner_value": "running_min"},
+    },
+}
+
+
+def config_of(**keys):
+    """TREE as it is trained, on the eight devices."""
+    tree = {**TREE, **keys}
+    own = (tree.get("objective") or {}).get("inner_data") == "sft"
+    return checked_config(tree if own else {k: v for k, v in tree.items() if k != "sft_data"})
+
+
+def planned(config, architecture, batch):
+    """What is compiled for a batch's lengths where neither rows nor number of steps is known."""
+    data = dataclasses.replace(config.data, train="nowhere.jsonl")
+    loop = dataclasses.replace(config.train, steps=None, epochs=1.0)
+    unknown = dataclasses.replace(config, data=data, sft_data=data, train=loop)
+    pairs = batch.preference
+    return compile_pair_update(
+        unknown,
+        architecture,
+        devices=jax.devices(),
+        prompt_length=pairs.prompt_tokens.shape[1],
+        completion_length=pairs.completion_tokens.shape[2],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_planned_is_what_training_runs(kind, tmp_path):
+    config = config_of(output_dir=str(tmp_path), **KINDS[kind])
+    trainer = Trainer(config)
+    start = load_policy(config.model, trainer.mesh, seed=0, work=tmp_path / "model")
+    stage, batches, _ = trainer._assemble_pairs("preference", tmp_path, start)
+    batch = place_batch(next(batches), trainer.mesh)
+
+    def state():
+        def init(params, key):
+            return init_state(stage.solver, stage.objective, params, key)
+
+        return shard_state(init, stage.mesh, start.params, stage.key)[0]
+
+    expected = compile_step(stage)(state(), batch)
+    compiled = planned(config, load_hf_config(start.folder), batch)
+    found = compiled(state(), batch, stage.reference_params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def tiny_plan(devices=None, architecture=None, **keys):
+    sizes = {"prompt_length": 8, "completion_length": 16, **keys}
+    architecture = architecture or {**ARCHITECTURE, "vocab_size": 64}
+    return compile_pair_update(
+        config_of(mesh={"data": 1, "fsdp": -1}),
+        architecture,
+        devices=devices or jax.devices(),
+        **sizes,
+    )
+
+
+@pytest.mark.slow
+def test_memory_of_a_device():
+    before = len(jax.live_arrays())
+    compiled = tiny_plan()
+    memory = memory_summary(compiled)
+    assert len(jax.live_arrays()) == before
+    mesh = make_mesh(data=1, fsdp=8)
+    model = init_model({**ARCHITECTURE, "vocab_size": 64}, execution(config_of().model))
+    params = jax.tree.leaves(sharded_shapes(model.abstract_params(), mesh))
+    part = sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in params)
+    # Parameters and Adam's two moments, and a few numbers; of 16 rows two.
+    rows = 2 * (8 * (4 + 1) + 2 * 16 * (4 + 1) + 4 + 2 * 4)
+    assert 3 * part + rows < memory["arguments"] < 3 * part + rows + 256
+    assert 3 * part <= memory["aliased"] < memory["outputs"]
+    assert memory["temporaries"] > part
+    held = memory["arguments"] + memory["temporaries"] + memory["outputs"] - memory["aliased"]
+    assert memory["total"] == held
+
+
+@pytest.mark.slow
+def test_devices_and_batch_are_those_asked_for():
+    compiled = tiny_plan(jax.devices()[:4], batch_size=8)
+    state, batch, _ = compiled.args_info[0]
+    assert batch.preference.completion_tokens.shape == (8, 2, 16)
+    assert all(leaf.donated for leaf in jax.tree.leaves(state))
+    for sharding in jax.tree.leaves(compiled.input_shardings[0]):
+        assert sharding.device_set <= set(jax.devices()[:4])
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"batch_size": 12}, "train.batch_size=12 does not divide over 8 data shards"),
+        ({"devices": jax.devices()[:3]}, "train.batch_size=16 does not divide over 3"),
+        ({"architecture": {"model_type": "gpt9"}}, "model_type='gpt9' is not supported"),
+    ],
+)
+def test_what_cannot_be_planned(keys, text):
+    with pytest.raises(ValueError, match=text):
+        tiny_plan(**keys)
+
+
+def test_inner_rows_have_a_size_of_their_own():
+    own = {**KINDS["reference and SFT rows in the step"]}
+    own["train"] = {**TREE["train"], "inner_batch_size": 20}
+    with pytest.raises(ValueError, match="inner_batch_size=20 does not divide over 8"):
+        compile_pair_update(
+            config_of(**own),
+            {**ARCHITECTURE, "vocab_size": 64},
+            devices=jax.devices(),
+            prompt_length=8,
+            completion_length=16,
+        )
