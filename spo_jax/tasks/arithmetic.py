@@ -8,6 +8,7 @@ described in METHOD section 6.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 CHARACTERS = "0123456789+=; "
+_PROBLEM = re.compile(r"([0-9]+)\+([0-9]+)=?$")
 
 
 class Problem(NamedTuple):
@@ -74,10 +76,19 @@ def make_problems(
 
 
 def is_correct(prompt: str, completion: str) -> bool:
-    """Whether the completion's answer, the text behind its last space, is the exact sum."""
-    left, _, right = prompt.rstrip("=").partition("+")
+    """Whether the completion's answer, the text behind its last space, is the exact sum.
+
+    Raises:
+        ValueError: the prompt does not end with a sum to be found.
+    """
+    summands = _PROBLEM.search(prompt)
+    if summands is None:
+        raise ValueError(
+            f"the prompt ...{prompt[-60:]!r} is no problem of the task arithmetic, such as "
+            "'123+456=': choose the task that the rows are of"
+        )
     _, space, answer = completion.rpartition(" ")
-    return bool(space) and answer == str(int(left) + int(right))
+    return bool(space) and answer == str(int(summands[1]) + int(summands[2]))
 
 
 def is_well_formed(completion: str) -> bool:

@@ -39,6 +39,11 @@ def test_grading(completion, right, formed):
     assert is_well_formed(completion) == formed
 
 
+def test_a_prompt_of_another_task_is_named():
+    with pytest.raises(ValueError, match=r"How many\?' is no problem of the task arithmetic"):
+        is_correct("How many?", " 3")
+
+
 def test_problems_are_disjoint_seeded_and_right():
     sizes = {"digits": 2, "sft": 50, "preference": 40, "test": 30, "validation": 20}
     parts = make_problems(**sizes, seed=1)
