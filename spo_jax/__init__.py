@@ -39,6 +39,9 @@ _PUBLIC = {
     "spo_jax.validation": "load_config",
     "spo_jax.train": "Trainer",
     "spo_jax.report": "make_report",
+    "spo_jax.tasks": "TASKS Task",
+    "spo_jax.make_pairs": "PairSettings pairs_of_samples write_pairs",
+    "spo_jax.study": "read_study run_study read_evidence make_study_page",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
