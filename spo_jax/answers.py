@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from spo_jax.config import BUILTIN_TASK, AnswersConfig, Config, DataConfig
 from spo_jax.evaluate import complete, stop_ids
 from spo_jax.prepare import Policy, read_rows, task_problems
 from spo_jax.tasks import TASKS
+from spo_jax.tasks.arithmetic import write_rows
 from spo_jax.types import PreferenceRow, SFTRow
 
 ANSWERS_FILE = "answers.jsonl"
@@ -79,7 +79,7 @@ def take_exam(exam: Exam, policy: Policy, folder: Path | None = None) -> dict[st
     """
     lines = answer(exam, policy)
     if folder is not None:
-        write_answers(folder / ANSWERS_FILE, lines)
+        write_rows(folder / ANSWERS_FILE, lines)
     return shares(exam.task, lines)
 
 
@@ -128,10 +128,3 @@ def shares(task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "cut_off": 1 - share("finished"),
         "problems": float(len(lines)),
     }
-
-
-def write_answers(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)

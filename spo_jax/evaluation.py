@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spo_jax.answers import Exam, answer, reference_answer, write_answers
+from spo_jax.answers import Exam, answer, reference_answer
 from spo_jax.checkpoints import load_reference
 from spo_jax.config import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
@@ -23,6 +23,7 @@ from spo_jax.objectives import make_logprobs_fn
 from spo_jax.prepare import Policy, find_run, load_policy, prepare_rows, read_rows, round_up
 from spo_jax.sharding import batch_shards, make_mesh, place_batch
 from spo_jax.tasks import TASKS
+from spo_jax.tasks.arithmetic import write_rows
 from spo_jax.types import PreferenceRow, SFTRow
 
 
@@ -55,7 +56,7 @@ def grade(
     problems = [(row.prompt, reference_answer(row)) for row in rows]
     lines = answer(Exam(task, problems, settings), policy)
     if outputs is not None:
-        write_answers(Path(outputs), lines)
+        write_rows(Path(outputs), lines)
     result: dict[str, Any] = {"problems": len(lines)}
     for name in TASKS[task].graders:
         right = sum(line[name] for line in lines)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spo_jax.answers import Exam, grade_answers, make_exam, shares, take_exam, write_answers
+from spo_jax.answers import Exam, grade_answers, make_exam, shares, take_exam
 from spo_jax.config_io import ConfigError
 from spo_jax.data import load_tokenizer
 from spo_jax.evaluate import Completion
@@ -104,14 +104,6 @@ def test_answers_are_kept_with_their_verdicts(monkeypatch, tmp_path, tokenizer):
     }
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["exact"] for line in lines] == [True, False]
-
-
-def test_an_older_file_stays_where_a_write_fails(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    write_answers(path, [{"a": 1}])
-    with pytest.raises(TypeError):
-        write_answers(path, [{"a": object()}])
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 @pytest.mark.parametrize(

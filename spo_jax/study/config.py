@@ -91,7 +91,14 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     tree = override({**tree, "run": run}, overrides or {})
     study = _from_tree(tree)
     _check(study)
+    folders: dict[Path, Cell] = {}
     for cell in [*start_cells(study), *run_cells(study)]:
+        other = folders.setdefault(cell.folder, cell)
+        if other is not cell:
+            raise ConfigError(
+                f"{other.name!r} and {cell.name!r} would share the folder {cell.folder}: give "
+                "them names that differ in more than case and punctuation"
+            )
         try:
             checked_config(cell.tree)
         except ConfigError as error:
@@ -140,6 +147,8 @@ def _check(study: StudyConfig) -> None:
     for key in _SET_BY_CELLS:
         if key in study.run:
             raise ConfigError(f"run.{key} would be ignored: the study sets it for each run")
+    if START_ROW in study.controls:
+        raise ConfigError(f"controls.{START_ROW}: that is the row of the starts. Rename it")
     for name, variant in study.variants.items():
         for loss in variant.get("only", ()):
             if loss not in study.losses:

@@ -17,6 +17,7 @@ from typing import Any
 
 from spo_jax.builtin import PAIRS_FILE
 from spo_jax.study.config import (
+    START_ROW,
     Cell,
     StudyConfig,
     has_sft,
@@ -65,7 +66,7 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
     try:
         with _output_to(log):
             try:
-                metrics = _start(study, cell) if _is_start(cell) else _pairs(cell)
+                metrics = _start(study, cell) if cell.row == START_ROW else _pairs(cell)
             except BaseException:
                 traceback.print_exc()
                 raise
@@ -81,10 +82,6 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(cell.folder / RESULT_FILE)
     return result
-
-
-def _is_start(cell: Cell) -> bool:
-    return cell.folder.parent.parent.name == "starts"
 
 
 def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:

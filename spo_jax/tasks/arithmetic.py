@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,7 +97,7 @@ def is_well_formed(completion: str) -> bool:
     return bool(space) and answer.isdigit()
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -118,6 +118,11 @@ def test_a_base_file_gives_what_runs_share(tmp_path):
         ({"baseline": "bare"}, ["baseline='bare'", "plain, SPO"]),
         ({"losses": {}}, ["set both"]),
         ({"seeds": []}, ["expected whole numbers"]),
+        ({"controls": {"SFT": {"solver": {"name": "inner_only"}}}}, ["row of the starts"]),
+        (
+            {"losses": {"DPO": {"name": "dpo", "beta": 0.1}, "dpo": {"name": "dpo", "beta": 1.0}}},
+            ["'DPO, seed 0' and 'dpo, seed 0'", "share the folder"],
+        ),
         ({"seeds": [1, 1]}, ["named twice"]),
         ({"jobs": 0}, ["jobs=0"]),
         ({"run": {**TREE["run"], "seed": 3}}, ["run.seed would be ignored"]),

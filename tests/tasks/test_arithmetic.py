@@ -87,3 +87,11 @@ def test_rows_and_tokenizer_round_trip(tmp_path):
     assert tokenizer.decode(ids) == problem.completion
     assert tokenizer.bos_token_id is None
     assert tokenizer.eos_token_id not in ids
+
+
+def test_an_older_file_stays_where_a_write_fails(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"a": "1"}])
+    with pytest.raises(TypeError):
+        write_rows(path, [{"a": "2"}, {"a": object}])
+    assert json.loads(path.read_text()) == {"a": "1"}
