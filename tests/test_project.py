@@ -158,6 +158,7 @@ LAYERS = (
     ("builtin",),
     ("probes",),
     ("stages",),
+    ("assembly",),
     ("train", "evaluation", "export", "report", "outputs", "judging"),
     ("probing", "study", "plan"),
     ("cli",),

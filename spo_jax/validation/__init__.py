@@ -1,0 +1,141 @@
+"""A configuration against the tables: what would be ignored or cannot run is an error.
+
+Apart from ``config.py``, because it looks at losses, solvers and optimizers, which that
+room must not import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo_jax.config import BUILTIN_TASK, Config
+from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, read_tree
+from spo_jax.solvers import SOLVERS
+from spo_jax.validation.choices import check_options, choices, loss_function, solver_uses
+from spo_jax.validation.sections import (
+    validate_answers,
+    validate_dynamics,
+    validate_model,
+    validate_objective,
+    validate_optimizer,
+    validate_solver,
+    validate_stage,
+)
+
+__all__ = [
+    "checked_config",
+    "choices",
+    "load_config",
+    "loss_function",
+    "solver_uses",
+    "unused_sections",
+    "validate",
+]
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay ``overrides`` over it and check the whole.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a value of the wrong type, an option
+            that would be ignored, or a combination that cannot be run.
+    """
+    return checked_config(read_tree(path, overrides))
+
+
+def checked_config(tree: Mapping[str, Any], **overrides: Any) -> Config:
+    """As ``load_config``, from plain values already in memory."""
+    tree = override(tree, overrides)
+    config = config_from_tree(tree)
+    validate(config, given=tree)
+    return config
+
+
+def unused_sections(config: Config) -> dict[str, str]:
+    """Sections that the run would ignore, with the reason."""
+    sft_stage = "sft" in config.stages
+    preference = "preference" in config.stages or "baseline" in config.stages
+    unused = {}
+    if not sft_stage:
+        unused["sft"] = unused["sft_optimizer"] = "no stage is sft"
+        if config.objective.inner_data != "sft":
+            unused["sft_data"] = "no stage is sft and objective.inner_data is not sft"
+    if not _takes_steps(config, "inner"):
+        unused["inner"] = (
+            f"solver {config.solver.name} takes no inner steps (the stage sft has sft_optimizer)"
+        )
+    if not preference:
+        pairs = ("data", "loss", "objective", "solver", "outer", "inner", "train", "reference")
+        for name in pairs:
+            unused[name] = "no stage is preference"
+    elif "preference" not in config.stages:
+        unused["solver"] = "the only stage of pairs is baseline, whose solver is preference_only"
+    if not preference:
+        unused["dynamics"] = "no stage is preference"
+    elif config.dynamics.every is None:
+        unused["dynamics"] = "dynamics.every is not set, so nothing is probed"
+    builtin = (config.data.train, config.sft_data.train, config.answers.data)
+    if BUILTIN_TASK not in builtin:
+        unused["task"] = f"no data set is {BUILTIN_TASK}"
+        if config.answers.data is None:
+            unused["answers"] = "answers.data is not set, so nothing is graded"
+    if preference and not _takes_steps(config, "outer"):
+        unused["outer"] = f"solver {config.solver.name} takes no outer steps"
+    return unused
+
+
+def _takes_steps(config: Config, level: str) -> bool:
+    """Whether a stage of pairs takes steps of ``level``."""
+    solvers = {"preference": config.solver.name, "baseline": "preference_only"}
+    return any(solver_uses(solvers[s], level) for s in config.stages if s in solvers)
+
+
+def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
+    """Refuse what would be ignored or cannot run; ``given`` are the keys somebody set.
+
+    Raises:
+        ConfigError: with the key, the reason and the mend.
+    """
+    given = given or {}
+    if config.solver.name not in SOLVERS:
+        raise ConfigError(
+            f"solver.name={config.solver.name!r}: choose one of {', '.join(SOLVERS)}"
+            f"{nearest(config.solver.name, list(SOLVERS))}"
+        )
+    check_options("solver", config.solver, SOLVERS[config.solver.name])
+    validate_solver(config)
+    check_options("loss", config.loss, loss_function(config.loss.name))
+    if not config.stages:
+        raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
+    if len(set(config.stages)) != len(config.stages):
+        raise ConfigError(f"stages={list(config.stages)}: a stage is named twice")
+    # `every: null` turns the probes of a configuration off, whatever else stands there.
+    off = "every" in (given.get("dynamics") or {}) and config.dynamics.every is None
+    for section, reason in unused_sections(config).items():
+        if section in given and not (section == "dynamics" and off):
+            raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
+
+    validate_objective(config, given)
+    validate_model(config)
+    stages = set(config.stages)
+    if stages & {"preference", "baseline"}:
+        validate_stage("train", config.train, "data", config.data)
+        if config.objective.inner_data == "sft" and config.sft_data.train is None:
+            raise ConfigError("objective.inner_data=sft needs sft_data.train")
+        if config.train.inner_batch_size and config.objective.inner_data != "sft":
+            raise ConfigError(
+                "train.inner_batch_size would be ignored: objective.inner_data is chosen"
+            )
+        if "outer" not in unused_sections(config):
+            validate_optimizer("outer", config.outer)
+    if "sft" in stages:
+        validate_stage("sft", config.sft, "sft_data", config.sft_data)
+        validate_optimizer("sft_optimizer", config.sft_optimizer)
+    if "inner" not in unused_sections(config):
+        validate_optimizer("inner", config.inner)
+    if "dynamics" not in unused_sections(config):
+        validate_dynamics(config.dynamics)
+    if "answers" not in unused_sections(config):
+        validate_answers(config)

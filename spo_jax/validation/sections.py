@@ -1,0 +1,215 @@
+"""One section of a configuration after the other: what cannot run or would be ignored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from spo_jax.config import (
+    BUILTIN_TASK,
+    AnswersConfig,
+    Config,
+    DataConfig,
+    DynamicsConfig,
+    LoopConfig,
+    OptimizerConfig,
+)
+from spo_jax.config_io import ConfigError, nearest
+from spo_jax.losses import make_preference_loss
+from spo_jax.optimizers import optimizer_options
+from spo_jax.solvers import INSIDE, PENALTIES, make_solver
+from spo_jax.tasks import TASKS
+from spo_jax.validation.choices import loss_function
+
+
+def validate_solver(config: Config) -> None:
+    """The solver, its options, and whether its inner chain can do what it asks for."""
+    solver, options = config.solver.name, config.solver.options
+    for key, known in (("penalty", PENALTIES), ("inside", INSIDE)):
+        if options.get(key, known[0]) not in known:
+            raise ConfigError(
+                f"solver.{key}={options[key]!r}: choose one of {', '.join(known)}"
+                f"{nearest(str(options[key]), known)}"
+            )
+    linear = solver == "penalty" and options.get("penalty", "linear") == "linear"
+    if linear and "tolerance" in options:
+        raise ConfigError(
+            "solver.tolerance would be ignored: with penalty linear it drops out of the "
+            "gradient. Choose penalty: hinge or squared_hinge"
+        )
+    if options.get("inner_steps", 1) == 0:
+        raise ConfigError(
+            "solver.inner_steps=0: the section inner would be ignored. Choose solver "
+            "preference_only"
+        )
+    try:
+        make_solver(solver, outer=optax.identity(), inner=optax.identity(), **options)
+    except ValueError as error:
+        raise ConfigError(f"solver.{error}") from None
+    if solver == "unrolled" and config.inner.name != "sgd":
+        raise ConfigError(
+            f"inner.name={config.inner.name}: unrolled differentiates the inner step, and "
+            f"{config.inner.name} has no derivative where a gradient is zero. Use inner.name: "
+            "sgd, or solver unrolled_first_order"
+        )
+
+
+def validate_dynamics(dynamics: DynamicsConfig) -> None:
+    """The section ``dynamics``."""
+    for name in ("every", "pairs", "own_step_rate", "temperature", "max_new_tokens", "top_k"):
+        value = getattr(dynamics, name)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            hint = "; the greedy completion is probed anyway" if name == "temperature" else ""
+            raise ConfigError(f"dynamics.{name}={value}: expected a positive number{hint}")
+    if dynamics.samples < 0:
+        raise ConfigError(f"dynamics.samples={dynamics.samples}: expected 0 or more")
+    changed = dynamics.own_step_rate != DynamicsConfig().own_step_rate
+    if dynamics.gradients != "exact" and changed:
+        raise ConfigError(
+            f"dynamics.own_step_rate would be ignored: gradients {dynamics.gradients} take no "
+            "step on one pair alone. Set dynamics.gradients: exact"
+        )
+
+
+def validate_answers(config: Config) -> None:
+    """The section ``answers``, and its rhythm against that of evaluations."""
+    answers = config.answers
+    if answers.data in (None, BUILTIN_TASK):
+        ignored = ("task", "subset", "max_prompt_length", "chat_template")
+        for key in ignored:
+            if getattr(answers, key) != getattr(AnswersConfig(), key):
+                raise ConfigError(
+                    f"answers.{key} would be ignored: the problems are those of {BUILTIN_TASK}"
+                )
+        sizes = {
+            "test": config.task.test_problems,
+            "validation": config.task.validation_problems,
+        }
+        if answers.split not in sizes:
+            raise ConfigError(f"answers.split={answers.split!r}: choose test or validation")
+        if sizes[answers.split] < 1:
+            raise ConfigError(
+                f"answers.split={answers.split}: there are none of these problems. Set "
+                f"task.{answers.split}_problems"
+            )
+    elif answers.task not in TASKS:
+        raise ConfigError(
+            f"answers.task={answers.task!r}: choose how answers are graded, one of "
+            f"{', '.join(TASKS)}{nearest(str(answers.task), list(TASKS))}"
+        )
+    for name in ("max_rows", "every", "max_prompt_length", "max_new_tokens", "batch_size"):
+        value = getattr(answers, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"answers.{name}={value}: expected a positive number")
+    rhythm = config.train.eval_every
+    if answers.every is not None and (rhythm is None or answers.every % rhythm):
+        raise ConfigError(
+            f"answers.every={answers.every} with train.eval_every={rhythm}: answers are graded at "
+            "evaluations, set a multiple of train.eval_every"
+        )
+
+
+def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
+    """The sections ``objective`` and ``reference``; ``given`` are the keys somebody set."""
+    objective, reference = config.objective, config.reference
+    if (objective.regularizer is None) != (objective.regularizer_weight == 0):
+        raise ConfigError(
+            f"objective.regularizer={objective.regularizer} with regularizer_weight="
+            f"{objective.regularizer_weight}: one without the other has no effect, set both"
+        )
+    if objective.inner_data == "sft" and config.solver.name == "preference_only":
+        raise ConfigError(
+            "objective.inner_data=sft would be ignored: solver preference_only has no inner level"
+        )
+    if reference.cache_dir and reference.mode != "precomputed":
+        raise ConfigError(
+            f"reference.cache_dir would be ignored: reference.mode is {reference.mode}, "
+            "nothing is computed ahead"
+        )
+    if reference.mode != "none":
+        return
+    fn = loss_function(config.loss.name)
+    name = config.loss.name
+    bound = make_preference_loss(name if ":" not in name else fn, **config.loss.options)
+    needs = {
+        f"loss {name}": bound.needs_reference,
+        "objective.inner_value: reference": objective.inner_value == "reference",
+        "objective.regularizer: hinge": objective.regularizer == "hinge",
+    }
+    for who, needed in needs.items():
+        if needed:
+            raise ConfigError(
+                f"reference.mode=none, but {who} needs the reference: use precomputed or online"
+            )
+    if reference.path:
+        raise ConfigError("reference.path would be ignored: reference.mode is none")
+
+
+def validate_model(config: Config) -> None:
+    """The section ``model``."""
+    model = config.model
+    if (model.path is None) == (model.init is None):
+        raise ConfigError(
+            "set model.path (a Hugging Face folder, hub name or run folder) or model.init "
+            "(an architecture to start from at random), exactly one of the two"
+        )
+    if model.init is not None and model.tokenizer is None:
+        raise ConfigError("model.init has no tokenizer of its own: set model.tokenizer")
+
+
+def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataConfig) -> None:
+    """The loop and the data of a stage, under the names of their sections."""
+    if (loop.steps is None) == (loop.epochs is None):
+        raise ConfigError(f"set {loop_key}.steps or {loop_key}.epochs, exactly one of the two")
+    if data.train is None:
+        raise ConfigError(f"{data_key}.train is not set: name a file, folder or hub data set")
+    if data.eval is not None and data.eval_fraction:
+        raise ConfigError(f"{data_key}.eval_fraction would be ignored: {data_key}.eval is set")
+    if not 0 <= data.eval_fraction < 1:
+        raise ConfigError(f"{data_key}.eval_fraction={data.eval_fraction}: expected 0 <= . < 1")
+    builtin = data.train == BUILTIN_TASK
+    if builtin and (data.eval is not None or (data_key == "sft_data" and data.eval_fraction)):
+        key = "eval" if data.eval is not None else "eval_fraction"
+        raise ConfigError(
+            f"{data_key}.{key} would be ignored: {BUILTIN_TASK} brings held-out rows of its own"
+        )
+    if not builtin and data.train.startswith("builtin:"):
+        raise ConfigError(f"{data_key}.train={data.train!r}: the built-in data is {BUILTIN_TASK}")
+    if loop.eval_every and data.eval is None and not data.eval_fraction and not builtin:
+        raise ConfigError(
+            f"{loop_key}.eval_every needs held-out rows: set {data_key}.eval or eval_fraction"
+        )
+    positive = ["batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"]
+    positive += ["steps", "epochs", "eval_every", "save_every"]
+    positive += ["inner_batch_size", "eval_batch_size"]
+    for name in positive:
+        value = getattr(loop, name, None)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{loop_key}.{name}={value}: expected a positive number")
+    for name in ("batch_size", "inner_batch_size"):
+        size = getattr(loop, name, None)
+        if size is not None and size % loop.gradient_accumulation:
+            raise ConfigError(
+                f"{loop_key}.{name}={size} does not divide into gradient_accumulation="
+                f"{loop.gradient_accumulation} micro-batches: use a multiple"
+            )
+
+
+def validate_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    """An optimizer, under the name of its section."""
+    accepted = optimizer_options(optimizer.name)
+    for name in optimizer.options:
+        if name not in accepted:
+            raise ConfigError(
+                f"{key}.options.{name} would be ignored: {optimizer.name} takes "
+                f"{', '.join(accepted)}{nearest(name, accepted)}"
+            )
+    if not optimizer.learning_rate > 0:
+        raise ConfigError(f"{key}.learning_rate={optimizer.learning_rate}: must be above 0")
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        raise ConfigError(f"{key}.warmup_ratio={optimizer.warmup_ratio}: expected 0 to 1")
+    if optimizer.schedule == "constant" and optimizer.final_ratio:
+        raise ConfigError(f"{key}.final_ratio would be ignored: the schedule is constant")
