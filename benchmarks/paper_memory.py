@@ -1,9 +1,9 @@
 """Memory a chip needs for the paper-size studies' update, compiled for TPUs that are not there.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
-        python benchmarks/paper_memory.py
+    python benchmarks/paper_memory.py
 
-Needs the TPU compiler (``pip install libtpu``), no TPU and no weights. Each study of
+Needs the TPU compiler (``pip install -e '.[plan]'``), no TPU and no weights. ``spo-jax plan`` says
+more about one run; this is the table for all. Each study of
 ``configs/paper`` is compiled at its own batch, accumulation, mesh and longest lengths, for the
 hardware that its header names. A minute to some minutes each. What does not fit is said so.
 """
@@ -17,9 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-from jax.experimental import topologies
 
-from spo_jax.plan import compile_pair_update, memory_summary
+from spo_jax.plan import DoesNotFit, compile_pair_update, describe_machine, memory_summary
 from spo_jax.study import read_study
 from spo_jax.study.config import run_cells
 from spo_jax.validation import checked_config
@@ -57,7 +56,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     study = read_study(FOLDER / f"{name}.yaml", overrides)
     config = checked_config(next(c.tree for c in run_cells(study) if c.row == options.run))
     topology = options.topology or TOPOLOGY[model]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = describe_machine(topology).devices
     prompt, completion = config.data.prompt_buckets[-1], config.data.completion_buckets[-1]
     micro = config.train.batch_size // config.train.gradient_accumulation
     start = time.perf_counter()
@@ -73,7 +72,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             prompt_length=prompt,
             completion_length=completion,
         )
-    except jax.errors.JaxRuntimeError as error:
+    except DoesNotFit as error:
         print(f"{head} does not fit: {str(error).splitlines()[0][:160]}", flush=True)
         return
     memory = memory_summary(compiled)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from spo_jax.config import BUILTIN_TASK, AnswersConfig, Config, DataConfig
+from spo_jax.distributed import is_first
 from spo_jax.evaluate import complete, stop_ids
 from spo_jax.prepare import Policy, read_rows, task_problems
 from spo_jax.tasks import TASKS
@@ -70,20 +71,28 @@ def reference_answer(row: PreferenceRow | SFTRow) -> str:
     return "".join(text for text, scored in row.pieces if scored)
 
 
-def take_exam(exam: Exam, policy: Policy, folder: Path | None = None) -> dict[str, float]:
+def take_exam(
+    exam: Exam,
+    policy: Policy,
+    folder: Path | None = None,
+    check: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Answer greedily and grade; shares of all problems, and their number.
 
     ``accuracy`` is that of the task's main grader, ``accuracy_NAME`` that of each other one;
     ``unanswered`` outputs have no answer, ``cut_off`` ones no end. ``folder`` receives the
-    answers with their verdicts.
+    answers with their verdicts, from the first process. ``check()`` is called behind each batch
+    of answers, and may raise.
     """
-    lines = answer(exam, policy)
-    if folder is not None:
+    lines = answer(exam, policy, check)
+    if folder is not None and is_first():
         write_rows(folder / ANSWERS_FILE, lines)
     return shares(exam.task, lines)
 
 
-def answer(exam: Exam, policy: Policy) -> list[dict[str, Any]]:
+def answer(
+    exam: Exam, policy: Policy, check: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
     """The greedy answer to each problem, with its verdicts (``grade_answers``)."""
     found = complete(
         policy.model,
@@ -91,6 +100,7 @@ def answer(exam: Exam, policy: Policy) -> list[dict[str, Any]]:
         policy.tokenizer,
         [prompt for prompt, _ in exam.problems],
         stop_ids=stop_ids(policy.folder, policy.tokenizer),
+        progress=None if check is None else lambda done, total: check(),
         **exam.settings,
     )
     return grade_answers(exam.task, exam.problems, found)

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from spo_jax.config import Config, DataConfig
+from spo_jax.distributed import by_first, say
 from spo_jax.make_pairs import PairSettings, Problem, summary, write_pairs
-from spo_jax.prepare import Policy, say, task_problems
+from spo_jax.prepare import Policy, task_problems
 from spo_jax.tasks import arithmetic
 
 PAIRS_FILE = "pairs.jsonl"
@@ -26,14 +27,22 @@ def builtin_data(
     data = getattr(config, section)
     if section == "sft_data":
         path, heldout = root / "sft.jsonl", root / "test.jsonl"
-        for file, problems in ((path, sft), (heldout, test)):
-            arithmetic.write_rows(file, [p._asdict() for p in problems])
+
+        def write() -> None:
+            for file, problems in ((path, sft), (heldout, test)):
+                arithmetic.write_rows(file, [p._asdict() for p in problems])
+
+        by_first(write)
         return dataclasses.replace(data, train=str(path), eval=str(heldout))
     path = root / PAIRS_FILE
-    if not resume:
-        for old in root.glob(f"{PAIRS_FILE}*"):  # what a stopped attempt left too
-            old.unlink()
-    if not path.exists():
+
+    def is_missing() -> bool:
+        if not resume:
+            for old in root.glob(f"{PAIRS_FILE}*"):  # what a stopped attempt left too
+                old.unlink()
+        return not path.exists()
+
+    if by_first(is_missing):
         settings = PairSettings(
             "arithmetic",
             samples=task.samples,

@@ -42,7 +42,7 @@ class ModelConfig:
     remat: str = _key(
         "none", "what the backward pass recomputes: none | full | dots | dots_no_batch"
     )
-    attention: Literal["auto", "xla", "cudnn"] = _key("auto", "attention kernel")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = _key("auto", "attention kernel")
     logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once, per data shard")
 
 
@@ -119,6 +119,10 @@ class LoopConfig:
     eval_batch_size: int | None = _key(None, "rows (default: batch_size)")
     save_every: int | None = _key(None, "updates between checkpoints (also at the end)")
     keep_checkpoints: int = _key(2, "newest checkpoints kept")
+    keep_every: int | None = _key(None, "updates between checkpoints that are kept for good")
+    max_skipped: int = _key(
+        10, "updates in a row not applied, for a loss or gradient not finite, that stop the run"
+    )
 
 
 @dataclass(frozen=True)

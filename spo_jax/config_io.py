@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from spo_jax.atomic import replace_text
 from spo_jax.config import Config, Named
 
 
@@ -21,7 +22,22 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-7 as a string; this loader reads it as the number it is."""
+    """YAML 1.1 reads 5e-7 as a string; this loader reads it as the number it is.
+
+    A key that stands twice is an error: the first one would be ignored.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As in the base class, each key once."""
+        node = super().compose_mapping_node(anchor)
+        found = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in found:
+                raise yaml.composer.ComposerError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            found.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -38,10 +54,39 @@ def parse_value(text: str) -> Any:
         ConfigError: text that is no YAML.
     """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{text!r} is not valid YAML ({reason}): put it in quotes") from None
+        return _load_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{text!r} is not valid YAML ({error}): put it in quotes") from None
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML as plain values whose keys are words; every error is a ``ConfigError`` of one line."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{error.problem or error.context}{where}") from None
+    except RecursionError:
+        raise ConfigError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, say
+        raise ConfigError(" ".join(str(error).split())) from None
+    _check_keys(value, ())
+    return value
+
+
+def _check_keys(value: Any, above: tuple[int, ...]) -> None:
+    if id(value) in above:
+        raise ConfigError("an anchor (&) stands inside what it names")
+    if isinstance(value, list | tuple | dict):
+        above = (*above, id(value))
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or not key or not key.isprintable():
+                raise ConfigError(f"the key {key!r}: expected a word")
+    for inside in value.values() if isinstance(value, dict) else value if above else ():
+        if isinstance(inside, list | tuple | dict):
+            _check_keys(inside, above)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -91,9 +136,12 @@ def _read_file(path: Path) -> dict[str, Any]:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"no configuration at {path}{nearest(path.name, siblings)}")
     try:
-        tree = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
+        tree = _load_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: see byte {error.start}") from None
+    except ConfigError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of keys, got a {type(tree).__name__}")
     return tree
@@ -187,7 +235,10 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             }
         raise ConfigError(f"{key}={value!r}: expected a mapping of keys to values")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{key}: expected a number below 1e308") from None
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -228,18 +279,20 @@ def save_config(
     """Write the resolved configuration, less the sections ``without``."""
     tree = {k: v for k, v in config_to_dict(config).items() if k not in without}
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    path.write_text(text + yaml.safe_dump(tree, sort_keys=False))
+    replace_text(path, text + yaml.safe_dump(tree, sort_keys=False))
 
 
-def changed_keys(config: Config, saved: dict[str, Any]) -> list[str]:
-    """Keys whose values differ from those a run was saved with, as ``a.b: old -> new``."""
+def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ from those a run was saved with: ``{"a.b": (old, new)}``."""
+    now, before = _flat(config_to_dict(config)), _flat(saved)
+    return {k: (before[k], now.get(k)) for k in before if before[k] != now.get(k)}
 
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
 
-    now, before = dict(flat(config_to_dict(config))), dict(flat(saved))
-    return [f"{k}: {before[k]} -> {now.get(k)}" for k in before if before[k] != now.get(k)]
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.data import encode_prompts
+from spo_jax.distributed import everywhere, gathered
 from spo_jax.generate import generate
 from spo_jax.logprobs import scored_mask
 from spo_jax.objectives import Denominators, LogprobsFn, Objective, Terms
@@ -21,28 +22,30 @@ from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 
 def count_rows(batches: Sequence[CompletionBatch]) -> Denominators:
-    """Rows and scored tokens of a whole evaluation set, from its numpy masks."""
+    """Rows and scored tokens of a whole evaluation set, from the numpy masks of all processes."""
     rows = sum(int((np.asarray(b.row_ids) >= 0).sum()) for b in batches)
-    first = [np.asarray(scored_mask(b))[:, 0].sum() for b in batches]
-    tokens = np.float32(np.sum(first))
-    return Denominators(np.float32(rows), tokens, tokens)
+    first = sum(int(np.asarray(scored_mask(b))[:, 0].sum()) for b in batches)
+    rows, tokens = gathered([[rows, first]]).sum(axis=0).astype(np.float32)
+    return Denominators(rows, tokens, tokens)
 
 
 def make_evaluate(
     objective: Objective, batches: Sequence[CompletionBatch], place: Callable[[Any], Any]
 ) -> Callable[..., dict[str, float]]:
-    """``(params, objective state, reference_params) -> metrics`` over all of ``batches``.
+    """``(params, objective state, reference_params, check) -> metrics`` over all of ``batches``.
 
     Means over rows and token means over the whole set: how it is cut into batches does
     not show. Has ``loss`` for pairs, and ``gap`` where the inner value is the reference's.
+    ``check()`` is called before each batch, and may raise.
     """
     denominators = count_rows(batches)
     compute = jax.jit(objective.evaluate)
     pairs = batches[0].completion_tokens.shape[1] > 1
 
-    def run(params, state, reference_params=None) -> dict[str, float]:
+    def run(params, state, reference_params=None, check=lambda: None) -> dict[str, float]:
         total: Terms | None = None
         for batch in batches:
+            check()
             both = BilevelBatch(preference=batch) if pairs else BilevelBatch(sft=batch)
             found = compute(params, place(both), denominators, state, reference_params)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
@@ -201,7 +204,7 @@ def complete_batches(
             eos_ids=stops,
             keys=keys[np.asarray(padded)],
         )
-        found = zip(chosen, np.asarray(drawn), strict=False)
+        found = zip(chosen, everywhere(drawn), strict=False)
         yield [(i, _read_completion(row.tolist(), stops, tokenizer)) for i, row in found]
         if progress is not None:
             progress(start + len(chosen), len(order))

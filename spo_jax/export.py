@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo_jax.checkpoints import Checkpoints
+from spo_jax.checkpoints import CheckpointReader
 from spo_jax.config_io import config_from_tree, read_tree
 from spo_jax.models import load_model, save_pretrained
 from spo_jax.prepare import MODEL_FOLDER, execution, find_run
@@ -33,7 +33,7 @@ def export_run(
     # The model section alone: a run saved by another version may know other keys.
     config = config_from_tree({"model": read_tree(folder / "config.yaml").get("model")})
     model = load_model(folder / MODEL_FOLDER, execution(config.model))
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointReader(folder)
     step = checkpoints.latest_step() if step is None else step
     like = sharded_shapes(model.abstract_params(), make_mesh())
     dtype = dtype or config.model.param_dtype

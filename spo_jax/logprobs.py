@@ -3,17 +3,24 @@
 ``[B, T, V]`` logits are the largest array of a preference step by far, so they never
 exist: the head runs on a few completion positions at a time, forward and backward, and
 what is kept between the two passes is one log-normalizer a token.
+
+On a mesh the vocabulary is cut over ``tensor`` and ``fsdp``: each device has its columns of
+the head and of the head's gradient, states travel to them a chunk at a time, and of the
+logits only their partial maxima and sums travel (``_Cut``).
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from spo_jax.constraints import ROWS, constrain, parts
 from spo_jax.types import CompletionBatch, Params
 
 DEFAULT_CHUNK_TOKENS = 2048
@@ -74,8 +81,82 @@ def _from_chunks(x: Shaped[Array, "chunks B n c ..."], length: int) -> Shaped[Ar
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
 
-def _logits(hidden, head):
-    return jnp.einsum("bncd,dv->bncv", hidden, head, preferred_element_type=jnp.float32)
+class _Cut(NamedTuple):
+    """How the head's work is cut over a mesh; without a ``mesh`` it is not.
+
+    While logits exist, their rows are cut over ``rows`` and the vocabulary over
+    ``vocabulary``, two disjoint sets of axes. Everywhere else rows are cut over ``ROWS``.
+    """
+
+    mesh: Mesh | None = None
+    rows: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
+
+    def to_logits(self, x: Any) -> Any:
+        """Bring the rows of ``x [B, ...]`` to where their logits are computed."""
+        return constrain(x, self.mesh, self.rows, *[None] * (x.ndim - 1))
+
+    def from_logits(self, x: Any) -> Any:
+        """Undo ``to_logits``: for ``x`` summed over the vocabulary, a scattered sum."""
+        return constrain(x, self.mesh, ROWS, *[None] * (x.ndim - 1))
+
+    def logits(self, states: Any, head: Any) -> Any:
+        found = jnp.einsum("bncd,dv->bncv", states, head, preferred_element_type=jnp.float32)
+        return constrain(found, self.mesh, self.rows, None, None, self.vocabulary)
+
+    def head(self, head: Any) -> Any:
+        """The columns of the head that each device works on."""
+        return constrain(head, self.mesh, None, self.vocabulary)
+
+    @property
+    def row_shards(self) -> int:
+        return 1 if self.mesh is None else parts(self.rows, self.mesh)
+
+    def head_gradient(self, states: Any, logit_gradient: Any) -> Any:
+        """``[shards, D, V]``, float32: each shard of rows sums up its own, and all once at the end.
+
+        As one sum over all rows, every chunk of the scan would send a whole head around.
+        """
+        shards = self.row_shards
+        if shards == 1:
+            found = jnp.einsum(
+                "bncd,bncv->dv", states, logit_gradient, preferred_element_type=jnp.float32
+            )[None]
+        else:
+            found = jnp.einsum(
+                "xbncd,xbncv->xdv",
+                states.reshape(shards, -1, *states.shape[1:]),
+                logit_gradient.reshape(shards, -1, *logit_gradient.shape[1:]),
+                preferred_element_type=jnp.float32,
+            )
+        return constrain(found, self.mesh, self.rows, None, self.vocabulary)
+
+    def state_gradient(self, logit_gradient: Any, head: Any) -> Any:
+        """``[B, n, c, D]`` in the head's dtype; parts of the vocabulary add up in float32."""
+        wide = jnp.float32 if self.vocabulary else None
+        found = jnp.einsum("bncv,dv->bncd", logit_gradient, head, preferred_element_type=wide)
+        return self.from_logits(found).astype(head.dtype)
+
+
+SPARE_TRAFFIC = 2
+"""States may travel as long as they are this many times the head; beyond, the head does."""
+
+
+def _cut(mesh: Mesh | None, tokens: tuple[int, int, int], vocabulary: int) -> _Cut:
+    """Cut the vocabulary over all axes that hold parameters, if it and the rows divide.
+
+    Rows stay cut over what is left. With many more tokens on the ``fsdp`` axis than words in
+    the vocabulary, it is cheaper that each device gathers the head for its own rows, and
+    holds it whole.
+    """
+    if mesh is None or mesh.size == 1 or tokens[0] % parts(ROWS, mesh):
+        return _Cut()
+    travelling = math.prod(tokens) // mesh.shape["data"]
+    choices = [("tensor", "fsdp"), ("tensor",)]
+    for axes in choices if travelling <= SPARE_TRAFFIC * vocabulary else choices[1:]:
+        if parts(axes, mesh) > 1 and vocabulary % parts(axes, mesh) == 0:
+            return _Cut(mesh, tuple(name for name in ROWS if name not in axes), axes)
+    return _Cut(mesh, ROWS, ())
 
 
 def token_logprobs(
@@ -84,31 +165,39 @@ def token_logprobs(
     tokens: Int[Array, "B n C"],
     *,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B n C"]:
     """Log-prob of each token under ``softmax(hidden @ head)``, float32, in nats.
 
-    ``chunk_tokens`` bounds the rows of logits alive at once. Differentiable in
-    ``hidden`` and ``head`` (any order); positions that are not scored get a value too,
-    mask them.
+    ``chunk_tokens`` bounds the rows of logits alive at once, over all devices of ``mesh``.
+    Differentiable in ``hidden`` and ``head`` (any order); positions that are not scored get a
+    value too, mask them.
     """
-    return _token_logprobs(int(chunk_tokens), hidden, head, tokens)
+    cut = _cut(mesh, tokens.shape, head.shape[1])
+    return _token_logprobs((int(chunk_tokens), cut), hidden, head, tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(chunk_tokens, hidden, head, tokens):
-    return _token_logprobs_forward(chunk_tokens, hidden, head, tokens)[0]
+def _token_logprobs(how, hidden, head, tokens):
+    return _token_logprobs_forward(how, hidden, head, tokens)[0]
 
 
-def _token_logprobs_forward(chunk_tokens, hidden, head, tokens):
+def _token_logprobs_forward(how, hidden, head, tokens):
+    chunk_tokens, cut = how
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
+    head = cut.head(head)
 
     def body(_, piece):
-        states, targets = piece
-        logits = _logits(states, head)
+        states, targets = (cut.to_logits(x) for x in piece)
+        logits = cut.logits(states, head)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return None, (picked - normalizer, normalizer)
+        if cut.vocabulary:
+            # Picked by a sum, which adds up over the parts of the vocabulary.
+            picked = jnp.sum(jnp.where(_is_target(head, targets), logits, 0), axis=-1)
+        else:
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return None, tuple(cut.from_logits(x) for x in (picked - normalizer, normalizer))
 
     pieces = (_to_chunks(hidden, chunk), _to_chunks(tokens, chunk))
     _, (logprobs, normalizer) = jax.lax.scan(body, None, pieces)
@@ -116,8 +205,13 @@ def _token_logprobs_forward(chunk_tokens, hidden, head, tokens):
     return logprobs, (hidden, head, tokens, normalizer)
 
 
-def _token_logprobs_backward(chunk_tokens, residuals, cotangent):
+def _is_target(head, targets):
+    return jnp.arange(head.shape[1], dtype=targets.dtype) == targets[..., None]
+
+
+def _token_logprobs_backward(how, residuals, cotangent):
     """``d logits = ct (onehot - softmax)``, a chunk at a time; the head's gradient adds up."""
+    chunk_tokens, cut = how
     hidden, head, tokens, normalizer = residuals
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
@@ -125,21 +219,21 @@ def _token_logprobs_backward(chunk_tokens, residuals, cotangent):
     # Differentiated once more (by an unrolled solver), a chunk is recomputed, not kept.
     @jax.checkpoint
     def body(head_gradient, piece):
-        states, targets, log_z, ct = piece
-        probabilities = jnp.exp(_logits(states, head) - log_z[..., None])
-        is_target = jnp.arange(head.shape[1], dtype=targets.dtype) == targets[..., None]
-        logit_gradient = ct[..., None] * (is_target - probabilities)
+        states, targets, log_z, ct = (cut.to_logits(x) for x in piece)
+        probabilities = jnp.exp(cut.logits(states, head) - log_z[..., None])
+        logit_gradient = ct[..., None] * (_is_target(head, targets) - probabilities)
         logit_gradient = logit_gradient.astype(head.dtype)
-        state_gradient = jnp.einsum("bncv,dv->bncd", logit_gradient, head)
-        head_gradient = head_gradient + jnp.einsum(
-            "bncd,bncv->dv", states, logit_gradient, preferred_element_type=jnp.float32
-        )
-        return head_gradient, state_gradient
+        head_gradient = head_gradient + cut.head_gradient(states, logit_gradient)
+        return head_gradient, cut.state_gradient(logit_gradient, head)
 
     # float32 whatever the head's dtype: thousands of small terms are added here.
-    start = jnp.zeros(head.shape, jnp.float32)
+    start = jnp.zeros((cut.row_shards, *head.shape), jnp.float32)
+    start = constrain(start, cut.mesh, cut.rows, None, cut.vocabulary)
     pieces = tuple(_to_chunks(x, chunk) for x in (hidden, tokens, normalizer, cotangent))
     head_gradient, state_gradient = jax.lax.scan(body, start, pieces)
+    head_gradient = jnp.sum(head_gradient, axis=0)
+    # Back to how parameters lie (DECODER_RULES): the model width over fsdp.
+    head_gradient = constrain(head_gradient, cut.mesh, "fsdp", "tensor")
     return _from_chunks(state_gradient, length), head_gradient.astype(head.dtype), None
 
 
@@ -162,7 +256,7 @@ def token_spread(
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
 
     def body(_, states):
-        logprobs = jax.nn.log_softmax(_logits(states, head), axis=-1)
+        logprobs = jax.nn.log_softmax(_Cut().logits(states, head), axis=-1)
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         likeliest, _ = jax.lax.top_k(logprobs, top_k)
         return None, (entropy, jnp.sum(jnp.exp(likeliest), axis=-1))

@@ -3,89 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from spo_jax.batches import Batches, positions
 from spo_jax.checkpoints import CheckpointError, Checkpoints
 from spo_jax.config import LoopConfig
+from spo_jax.distributed import Vote, by_first
+from spo_jax.stopping import Diverged, Interrupted, Stopped, stop_signals
 from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
 from spo_jax.types import BilevelBatch, TrainState
-
-
-class Stopped(Exception):
-    """Training ended by a signal after saving; ``step`` updates are done."""
-
-    def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}")
-        self.step, self.signal_number = step, signal_number
-
-
-class Batches:
-    """Batches of both levels, step by step, with one state for the position of both."""
-
-    def __init__(self, preference: Any = None, sft: Any = None):
-        self._iterators = {"preference": preference, "sft": sft}
-        self._iterators = {k: v for k, v in self._iterators.items() if v is not None}
-
-    def __iter__(self) -> Iterator[BilevelBatch]:
-        return self
-
-    def __next__(self) -> BilevelBatch:
-        return BilevelBatch(**{name: next(it) for name, it in self._iterators.items()})
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, as JSON values."""
-        return {name: it.get_state() for name, it in self._iterators.items()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position that ``get_state`` gave."""
-        for name, it in self._iterators.items():
-            it.set_state(state[name])
-
-
-class TokenCount(NamedTuple):
-    """Tokens of one batch of this process: real ones, and positions computed."""
-
-    real: int
-    computed: int
-
-    @classmethod
-    def of(cls, batch: BilevelBatch) -> TokenCount:
-        """Count a batch of numpy arrays, both levels."""
-        real = computed = 0
-        for part in batch:
-            if part is not None:
-                real += int(part.prompt_mask.sum() + part.completion_mask.sum())
-                computed += part.prompt_tokens.size + part.completion_tokens.size
-        return cls(real, computed)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one does kill."""
-    received: list[int] = []
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Throughput:
@@ -110,130 +42,254 @@ class Throughput:
         return sum(t for t, _ in self._spans) / seconds if seconds else 0.0
 
 
+@dataclass
+class Counters:
+    """What a run has counted so far; saved with it, so that a resumed run counts on.
+
+    ``skipped`` updates were not applied, the last ``in_a_row`` of them without a good one
+    behind; ``tokens`` are real ones, of both levels.
+    """
+
+    skipped: int = 0
+    in_a_row: int = 0
+    tokens: int = 0
+
+
+class _Pending(NamedTuple):
+    """A step that is dispatched and not yet looked at."""
+
+    step: int
+    positions: int
+    ids: dict[str, np.ndarray]
+    metrics: Any
+    vote: Any
+
+
 def run_loop(
     step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
     state: TrainState,
     batches: Batches,
-    *,
-    name: str,
-    steps: int,
-    loop: LoopConfig,
-    place: Callable[[BilevelBatch], BilevelBatch],
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
-    writer: MetricsWriter,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    alarm: DisplacementAlarm | None = None,
-    probe: Callable[[int, TrainState], None] | None = None,
-    probe_every: int = 1,
+    **options: Any,
 ) -> TrainState:
     """Go on from ``state.step`` to ``steps`` updates; saves at the end and when stopped.
 
-    ``probe(step, state)`` is called every ``probe_every`` updates, where it starts and at the
-    end; it must leave the state as it is.
-
-    Metrics of a step are read after the next one is dispatched, so that the device
-    never waits for the host.
+    The options are the fields of ``Loop``.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came; the state is saved.
+        Stopped: SIGINT or SIGTERM came, to any process; the state is saved.
+        Diverged: ``loop.max_skipped`` updates in a row were not applied; the state is saved.
         CheckpointError: the last checkpoint could not be written. One that fails on the way
             is a warning, and the next one tries again.
     """
-    throughput = Throughput()
-    shapes: set[Any] = set()
-    done = int(state.step)
-    pending: tuple[int, TokenCount, Any] | None = None
-    diverged: list[int] = []
+    return Loop(step_fn, state, batches, **options).run()
 
-    def report() -> None:
-        nonlocal pending
-        if pending is None:
+
+@dataclass
+class Loop:
+    """One life of a stage's training.
+
+    ``evaluate(state, check=...)`` calls ``check`` between batches, which gives up when the run
+    is to stop. ``probe(step, state)`` is called every ``probe_every`` updates, where it starts
+    and at the end; it must leave the state as it is. ``counters`` and ``alarm`` go on from where
+    the life before left them.
+
+    Metrics of a step are read after the next one is dispatched, so that the device
+    never waits for the host.
+    """
+
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+    state: TrainState
+    batches: Batches
+    name: str
+    steps: int
+    loop: LoopConfig
+    place: Callable[[BilevelBatch], BilevelBatch]
+    evaluate: Callable[..., dict[str, float]] | None
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    progress: Progress
+    vote: Vote
+    counters: Counters = field(default_factory=Counters)
+    alarm: DisplacementAlarm | None = None
+    probe: Callable[[int, TrainState], None] | None = None
+    probe_every: int = 1
+
+    def __post_init__(self):
+        self._done = int(self.state.step)
+        self._throughput = Throughput()
+        self._shapes: set[Any] = set()
+        self._pending: _Pending | None = None
+        self._received: list[int] = []
+        self._stop = self._broken = 0
+
+    def run(self) -> TrainState:
+        """As ``run_loop``."""
+        start = self._done
+        with stop_signals() as self._received:
+            try:
+                if self._is_due(self.loop.eval_every) and not self._looked(start):
+                    self._look(start)
+                self._probe_if_due()
+                while self._done < self.steps and not self._asked_to_stop():
+                    self._advance()
+                    if self._given_up():
+                        break
+                self._report()
+                if self._given_up():
+                    self._give_up()
+                self._save_last()
+            finally:
+                self.progress.close()
+        if self._done < self.steps:
+            raise Stopped(self._done, self._stop)
+        if self._done > start:
+            self._look(self.steps, to_the_end=True)
+            self._probe_if_due()
+        return self.state
+
+    def _advance(self) -> None:
+        """One update, and what is due behind it."""
+        host = next(self.batches)
+        shape = tuple(np.shape(x) for x in jax.tree.leaves(host))
+        self.state, metrics = self.step_fn(self.state, self.place(host))
+        self._done += 1
+        vote = self.vote.ask(self._received[0] if self._received else 0)
+        self._report()
+        if shape not in self._shapes:  # it was compiled just now
+            self._shapes.add(shape)
+            self._throughput.pause()
+        ids = {
+            name: np.asarray(part.row_ids)
+            for name, part in host._asdict().items()
+            if part is not None
+        }
+        self._pending = _Pending(self._done, positions(host), ids, metrics, vote)
+        if self._done == self.steps:
             return
-        step, tokens, metrics = pending
-        pending = None
+        if self._is_due(self.loop.eval_every):
+            self._report()
+            self._look(self._done)
+            self._throughput.pause()
+        if self._is_due(self.loop.save_every):
+            self._report()
+            self._try_to_save()
+            self._throughput.pause()
+        if not self._asked_to_stop():
+            self._probe_if_due()
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self._done % every == 0
+
+    def _asked_to_stop(self) -> bool:
+        """Whether to stop here; all processes say the same, from a vote they all have read."""
+        if jax.process_count() == 1 and self._received:
+            self._stop = self._received[0]
+        return bool(self._stop)
+
+    def _check(self) -> None:
+        """Give up an evaluation when any process has been asked to stop."""
+        self._stop = self._stop or int(self.vote.ask(self._received[0] if self._received else 0))
+        if self._stop:
+            raise Interrupted
+
+    def _report(self) -> None:
+        """Read the metrics of the step before; the device is busy with the next."""
+        if self._pending is None:
+            return
+        step, room, ids, metrics, vote = self._pending
+        self._pending = None
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        speed = throughput.add(tokens.real * jax.process_count())
-        metrics["padding_share"] = 1 - tokens.real / tokens.computed
+        self._stop = self._stop or int(vote)
+        tokens = int(metrics.pop("tokens"))
+        skipped = bool(metrics.pop("skipped"))
+        self.counters.tokens += tokens
+        self.counters.skipped += skipped
+        self.counters.in_a_row = self.counters.in_a_row + 1 if skipped else 0
+        speed = self._throughput.add(tokens)
+        metrics["padding_share"] = 1 - tokens / (room * jax.process_count())
+        metrics |= {"tokens_seen": self.counters.tokens, "skipped": self.counters.skipped}
         if speed:
             metrics["tokens_per_second"] = speed
-        if step % loop.log_every == 0 or step == steps:
-            writer.write(step, metrics)
-        progress.update(step, metrics, speed)
-        if not math.isfinite(metrics.get("grad_norm", 0.0)) and not diverged:
-            diverged.append(step)
-            progress.say(
-                f"WARNING the gradient of step {step} is not finite: the parameters are lost from "
-                "here on. Stop, and start again with a smaller learning rate"
-            )
-        warning = alarm.update(step, metrics) if alarm is not None else None
+        if step % self.loop.log_every == 0 or step == self.steps or skipped:
+            self.writer.write(step, metrics)
+        self.progress.update(step, metrics, speed)
+        if skipped:
+            self._tell_skipped(step, ids, metrics)
+        warning = self.alarm.update(step, metrics) if self.alarm is not None else None
         if warning:
-            progress.say(warning)
+            self.progress.say(warning)
 
-    def save() -> None:
-        checkpoints.save(done, state, batches.get_state(), {"stage": name, "steps": steps})
+    def _tell_skipped(
+        self, step: int, ids: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        broken = sorted(k for k, v in metrics.items() if not np.isfinite(v))
+        records = self.batches.records(ids)
+        self.writer.write_skipped(step, {"not_finite": broken, "records": records})
+        if self.counters.in_a_row == 1:
+            self.progress.say(
+                f"WARNING step {step}: the loss or the gradient is not finite. The update is not "
+                f"applied; its rows stand in {self.writer.skipped_file}"
+            )
+        self._broken = max(self._broken, self.counters.in_a_row)
 
-    def try_to_save() -> None:
+    def _given_up(self) -> bool:
+        return self._broken >= self.loop.max_skipped
+
+    def _give_up(self) -> None:
+        """Save the last good state, behind the rows that broke it, and stop."""
+        count, section = self._broken, "sft" if self.name == "sft" else "train"
+        self.counters.in_a_row = 0
+        self._save_last()
+        raise Diverged(
+            f"{self.name}: {count} updates in a row had a loss or gradient that is not finite and "
+            f"were not applied ({section}.max_skipped). The state before them is saved as step "
+            f"{self._done}; their rows stand in {self.writer.skipped_file}. Look at these rows, "
+            "then go on behind them with --resume, or start again with a smaller learning rate"
+        )
+
+    def _run_state(self) -> dict[str, Any]:
+        found = {"stage": self.name, "steps": self.steps, "counters": asdict(self.counters)}
+        return found if self.alarm is None else {**found, "alarm": self.alarm.get_state()}
+
+    def _save(self) -> None:
+        position = self.batches.get_state()
+        self.checkpoints.save(self._done, self.state, position, self._run_state())
+
+    def _try_to_save(self) -> None:
         # Dying here would lose the steps since the last checkpoint: train on and try again.
         # The save before is still written in the background: its failure is not this one's.
-        for attempt in (checkpoints.wait, save):
+        for attempt in (self.checkpoints.wait, self._save):
             try:
                 attempt()
             except CheckpointError as error:
-                progress.say(f"WARNING {error}. Training goes on; the next save tries again")
+                self.progress.say(f"WARNING {error}. Training goes on; the next save tries again")
 
-    def save_last() -> None:
-        if checkpoints.latest_step() != done:
+    def _save_last(self) -> None:
+        if self.checkpoints.latest_step() != self._done:
             try:
-                checkpoints.wait()
+                self.checkpoints.wait()
             except CheckpointError as error:
-                progress.say(f"WARNING {error}. Step {done} is saved now")
-            save()
-        checkpoints.wait()
+                self.progress.say(f"WARNING {error}. Step {self._done} is saved now")
+            self._save()
+        self.checkpoints.wait()
 
-    def look(step: int) -> None:
-        if evaluate is not None:
-            writer.write(step, {f"eval/{k}": v for k, v in evaluate(state).items()})
+    def _looked(self, step: int) -> bool:
+        """Whether the evaluation of a step was done before the run was stopped there."""
+        return by_first(lambda: step in self.writer.evaluated)
 
-    def probe_if_due() -> None:
-        if probe is not None and (done % probe_every == 0 or done == steps):
-            report()
-            probe(done, state)
-            throughput.pause()
+    def _look(self, step: int, *, to_the_end: bool = False) -> None:
+        if self.evaluate is None:
+            return
+        check = (lambda: None) if to_the_end else self._check
+        # Given up when the run is to stop: there may be little time to save.
+        with contextlib.suppress(Interrupted):
+            found = self.evaluate(self.state, check=check)
+            self.writer.write(step, {f"eval/{k}": v for k, v in found.items()})
 
-    if done == 0 and loop.eval_every:
-        look(0)
-    probe_if_due()
-    with stop_signals() as received:
-        try:
-            while done < steps and not received:
-                host = next(batches)
-                tokens = TokenCount.of(host)
-                shape = tuple(np.shape(x) for x in jax.tree.leaves(host))
-                state, metrics = step_fn(state, place(host))
-                done += 1
-                report()
-                if shape not in shapes:  # it was compiled just now
-                    shapes.add(shape)
-                    throughput.pause()
-                pending = (done, tokens, metrics)
-                last = done == steps
-                if loop.eval_every and done % loop.eval_every == 0 and not last:
-                    report()
-                    look(done)
-                    throughput.pause()
-                if loop.save_every and done % loop.save_every == 0 and not last:
-                    report()
-                    try_to_save()
-                    throughput.pause()
-                if not last and not received:
-                    probe_if_due()
-            report()
-            save_last()
-        finally:
-            progress.close()
-        if received and done < steps:
-            raise Stopped(done, received[0])
-    look(steps)
-    probe_if_due()
-    return state
+    def _probe_if_due(self) -> None:
+        if self.probe is None:
+            return
+        if self._done % self.probe_every == 0 or self._done == self.steps:
+            self._report()
+            self.probe(self._done, self.state)
+            self._throughput.pause()

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spo_jax.checksums import params_fingerprint
 from spo_jax.config import ModelConfig
 from spo_jax.data import Record, RowError, load_records, make_chat_format
 from spo_jax.data.chat import BadRow, ChatFormat, read_messages, read_text, render_plain
 from spo_jax.data.layouts import LAYOUTS
-from spo_jax.data.reference import params_fingerprint
 from spo_jax.evaluate import Completion, complete_batches, stop_ids
 from spo_jax.generate import check_sampling
 from spo_jax.prepare import Policy, load_policy, say

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints import Checkpoints
+from spo_jax.atomic import replace_bytes, replace_text
+from spo_jax.checkpoints import CheckpointReader
+from spo_jax.checksums import params_fingerprint
 from spo_jax.config import (
     BUILTIN_TASK,
     Config,
@@ -42,9 +42,9 @@ from spo_jax.data.reference import (
     default_cache_dir,
     fingerprint,
     load_or_precompute,
-    params_fingerprint,
     precompute,
 )
+from spo_jax.distributed import by_first, say
 from spo_jax.models import Execution, Model, load_model, load_params, resolve_model_folder
 from spo_jax.objectives import completion_logprobs, make_logprobs_fn
 from spo_jax.optimizers import make_optimizer
@@ -74,12 +74,6 @@ class Policy(NamedTuple):
     folder: Path
 
 
-def say(text: str) -> None:
-    """A line of news, from one process of a run."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is the folder of a run of one stage, with something saved."""
     steps = (Path(path) / "checkpoints").glob("*")
@@ -94,62 +88,91 @@ def find_run(path: str | Path) -> Path | None:
     return None
 
 
-def execution(config: ModelConfig) -> Execution:
-    """The execution options of the model section."""
+def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
+    """The execution options of the model section, for parameters on ``mesh``."""
     return Execution(
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
         attention=config.attention,
+        mesh=mesh,
     )
 
 
-def load_policy(config: ModelConfig, mesh: Mesh, *, seed: int, work: Path) -> Policy:
+def load_policy(
+    config: ModelConfig, mesh: Mesh, *, seed: int, work: Path, unchanged: bool = False
+) -> Policy:
     """The policy that ``model.path`` or ``model.init`` names, placed on the mesh.
 
-    ``work`` receives what the run must keep of it (config.json and tokenizer). Raises
-    one error that names path and mend when there is no such model.
+    ``work`` receives what the run must keep of it (config.json and tokenizer), from the first
+    process. With ``unchanged`` it is an error if that differs from what is there already.
+    Raises one error that names path and mend when there is no such model.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    if config.init is not None:
+    run = source = None
+    if config.init is None:
+        # By the first process first: what it downloads, the others of its host find there.
+        run = by_first(lambda: _text(find_run(config.path)))
+        if run is None:
+            by_first(lambda: _text(resolve_model_folder(config.path)))
+        source = Path(run) / MODEL_FOLDER if run else resolve_model_folder(config.path)
+    by_first(lambda: _fill(work, source, config, unchanged))
+    if source is None:
         return _random_policy(config, mesh, seed, work)
-    run = find_run(config.path)
-    source = run / MODEL_FOLDER if run else resolve_model_folder(config.path)
-    _carry(source, work)
-    _put_tokenizer(config, work)
-    model = load_model(source, execution(config))
+    model = load_model(source, execution(config, mesh))
     if run:
-        params = Checkpoints(run).restore_params(sharded_shapes(model.abstract_params(), mesh))
+        like = sharded_shapes(model.abstract_params(), mesh)
+        params = CheckpointReader(Path(run)).restore_params(like)
     else:
         params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
     return Policy(model, params, load_tokenizer(work), work)
 
 
-def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Policy:
-    _put_tokenizer(config, work)
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _fill(work: Path, source: Path | None, config: ModelConfig, unchanged: bool) -> None:
+    """Put config.json and tokenizer into ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    if source is not None:
+        _carry(source, work, unchanged)
+    if config.tokenizer == BUILTIN_TASK:
+        arithmetic.write_tokenizer(work)
+    elif config.tokenizer is not None:
+        load_tokenizer(config.tokenizer).save_pretrained(work)
+    if source is None:
+        replace_text(work / "config.json", json.dumps(_architecture(config, work), indent=2))
+
+
+def _architecture(config: ModelConfig, work: Path) -> dict[str, Any]:
+    """``model.init``, with what the tokenizer tells."""
     tokenizer = load_tokenizer(work)
-    architecture = {"vocab_size": len(tokenizer), **(config.init or {})}
+    found = {"vocab_size": len(tokenizer), **(config.init or {})}
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        architecture.setdefault(name, getattr(tokenizer, name))
-    (work / "config.json").write_text(json.dumps(architecture, indent=2))
-    model = load_model(work, execution(config))
+        found.setdefault(name, getattr(tokenizer, name))
+    return found
+
+
+def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Policy:
+    model = load_model(work, execution(config, mesh))
     shardings = tree_shardings(model.abstract_params(), mesh)
     params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
-    return Policy(model, params, tokenizer, work)
+    return Policy(model, params, load_tokenizer(work), work)
 
 
-def _carry(source: Path, target: Path) -> None:
+def _carry(source: Path, target: Path, unchanged: bool) -> None:
     for pattern in _CARRIED:
         for file in source.glob(pattern):
-            if file.is_file() and source != target:
-                shutil.copy(file, target / file.name)
-
-
-def _put_tokenizer(config: ModelConfig, folder: Path) -> None:
-    if config.tokenizer == BUILTIN_TASK:
-        arithmetic.write_tokenizer(folder)
-    elif config.tokenizer is not None:
-        load_tokenizer(config.tokenizer).save_pretrained(folder)
+            if not file.is_file() or source == target:
+                continue
+            own, new = target / file.name, file.read_bytes()
+            if unchanged and own.exists() and own.read_bytes() != new:
+                raise ValueError(
+                    f"{file} is not what the run in {target.parent} was started with (it keeps "
+                    f"{own}): bring the model back that it began with, or go on with this one by "
+                    "--allow-changes"
+                )
+            replace_bytes(own, new)
 
 
 def task_problems(task: TaskConfig, seed: int):

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from spo_jax.config import DynamicsConfig
 from spo_jax.data.pipeline import process_slice
+from spo_jax.distributed import by_first
 from spo_jax.dynamics import make_exact_law, make_head_law, make_mass, with_completions
 from spo_jax.generate import generate
 from spo_jax.losses import PreferenceLoss
@@ -264,7 +265,7 @@ class ProbeWriter:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Probe ``state``, which is that after ``step`` updates."""
-        if step not in self._lines.steps:
+        if by_first(lambda: step not in self._lines.steps):
             self._lines.write(step, self._probes.record(state, self._step_fn))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
+from spo_jax.atomic import replace_text
 from spo_jax.builtin import PAIRS_FILE
-from spo_jax.checkpoints import Checkpoints, load_reference
+from spo_jax.checkpoints import CheckpointReader, load_reference
 from spo_jax.config import BUILTIN_TASK, Config
 from spo_jax.config_io import ConfigError, override, read_tree
 from spo_jax.data import load_tokenizer
@@ -20,7 +21,7 @@ from spo_jax.prepare import MODEL_FOLDER, Policy, execution, is_run, say
 from spo_jax.probes import DYNAMICS_FILE, Probes
 from spo_jax.sharding import sharded_shapes
 from spo_jax.stages import compile_step, state_shapes
-from spo_jax.trackers import read_lines, replace_text
+from spo_jax.trackers import read_lines
 from spo_jax.train import Trainer
 from spo_jax.validation import checked_config
 
@@ -117,14 +118,14 @@ def _probe_stage(trainer: Trainer, folder: Path) -> Path:
                 "makes neither anew. Copy it back, or probe while training: spo-jax dynamics "
                 "CONFIG"
             )
-    model = load_model(source, execution(config.model))
+    model = load_model(source, execution(config.model, trainer.mesh))
     like = sharded_shapes(model.abstract_params(), trainer.mesh)
     start = Policy(model, like, load_tokenizer(source), source)
     online = config.reference.mode == "online"
     reference = load_reference(folder, like) if online else None
     stage = trainer.pair_stage(name, folder, start, reference)
     path = folder / DYNAMICS_FILE
-    checkpoints, step_fn = Checkpoints(folder), compile_step(stage)
+    checkpoints, step_fn = CheckpointReader(folder), compile_step(stage)
     steps = checkpoints.steps()
     lines = _other_lines(path, stage.probes, steps)
     for step in steps:
@@ -133,7 +134,6 @@ def _probe_stage(trainer: Trainer, folder: Path) -> Path:
         lines[step] = {"step": step, **stage.probes.record(state, step_fn)}
         if jax.process_index() == 0:
             replace_text(path, "".join(json.dumps(lines[s]) + "\n" for s in sorted(lines)))
-    checkpoints.close()
     return path
 
 

@@ -1,7 +1,17 @@
 """Mesh, ordered path rules -> PartitionSpec, and the placement of batches.
 
 One table covers parameters and everything shaped like them: a rule is matched on the
-path of a leaf, and an optimizer moment's path ends in its parameter's.
+path of a leaf, and an optimizer moment's path ends in its parameter's. ``sharding_table``
+says leaf by leaf what came of it, ``unsharded`` what is large and was left whole.
+
+A sequence (context) axis is not built: completions of a few thousand tokens fit a chip. It
+would be a fourth name in ``AXES``, and touch no parameter's rule. It would enter the token
+axis of a batch, ``P(("data", "fsdp"), "context")``, prompt and completions each cut by
+themselves, so that the branch view ``[B*n, P+C]`` stays cut alike; the residual stream
+(``constraints.py``); and attention, the one place where tokens meet: the kernel under
+``shard_map`` would pass keys and values around the axis (ring attention: a splash kernel a
+block, whose log-sum-exps merge the blocks), with queries dealt out so that the causal
+triangle is even. The output head and all losses work token by token and would only see fewer.
 """
 
 from __future__ import annotations
@@ -9,9 +19,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -87,16 +98,26 @@ def partition_spec(path: str, shape: Sequence[int], rules: Rules, mesh: Mesh) ->
 
     A leaf of another rank than its rule (a factored second moment, say) is replicated.
     """
+    spec = _rule(path, rules)
+    if len(spec) > len(shape):
+        return P()
+    fitted = (
+        axis if size % _parts(axis, mesh) == 0 else None
+        for axis, size in zip(spec, shape, strict=False)
+    )
+    return P(*fitted)
+
+
+def _rule(path: str, rules: Rules) -> P:
     for pattern, spec in rules:
         if re.search(pattern, path):
-            if len(spec) > len(shape):
-                return P()
-            fitted = (
-                axis if axis is None or size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(spec, shape, strict=False)
-            )
-            return P(*fitted)
+            return spec
     raise ValueError(f"no sharding rule matches {path}: end the rules with ('', PartitionSpec())")
+
+
+def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """Parts that one entry of a spec cuts its dimension into."""
+    return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
@@ -129,3 +150,79 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+class LeafSharding(NamedTuple):
+    """How one leaf lies on a mesh; ``note`` says what keeps it from being cut further, or "".
+
+    ``bytes`` counts the whole leaf, ``bytes_per_device`` what each device holds of it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    bytes: int
+    bytes_per_device: int
+    note: str
+
+
+def sharding_table(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> list[LeafSharding]:
+    """How every leaf of ``tree`` (arrays or ``ShapeDtypeStruct``) lies on ``mesh``."""
+    table = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        key, shape = jax.tree_util.keystr(path), tuple(leaf.shape)
+        spec = partition_spec(key, shape, rules, mesh)
+        cut = [axis for axis in spec if _parts(axis, mesh) > 1]
+        whole = math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+        table.append(
+            LeafSharding(
+                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                shape=shape,
+                dtype=str(leaf.dtype),
+                spec=f"({', '.join(_shown(axis, mesh) for axis in spec)})" if cut else "replicated",
+                bytes=whole,
+                bytes_per_device=whole // math.prod(_parts(axis, mesh) for axis in cut),
+                note=_uncut(shape, _rule(key, rules), mesh),
+            )
+        )
+    return table
+
+
+def unsharded(
+    tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES, *, min_bytes: int = 8 * 2**20
+) -> list[LeafSharding]:
+    """Rows of ``sharding_table`` with ``min_bytes`` or more a device that could be cut further.
+
+    That is: into fewer parts than ``fsdp x tensor``, for the reason that ``note`` gives.
+    """
+    table = sharding_table(tree, mesh, rules)
+    return [row for row in table if row.note and row.bytes_per_device >= min_bytes]
+
+
+def _shown(axis: str | tuple[str, ...] | None, mesh: Mesh) -> str:
+    return "+".join(name for name in _names(axis) if mesh.shape[name] > 1) or "-"
+
+
+def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+
+
+def _uncut(shape: tuple[int, ...], rule: P, mesh: Mesh) -> str:
+    """What keeps a leaf of ``shape`` from being cut over all of ``fsdp x tensor``, or ""."""
+    wanted = [name for name in ("fsdp", "tensor") if mesh.shape[name] > 1]
+    if not wanted:
+        return ""
+    if len(rule) > len(shape):
+        return f"its rule is for {len(rule)} dimensions, the leaf has {len(shape)}"
+    found = []
+    for position, (axis, size) in enumerate(zip(rule, shape, strict=False)):
+        parts = _parts(axis, mesh)
+        names = _names(axis)
+        wanted = [name for name in wanted if name not in names]
+        if size % parts:
+            sizes = ", ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+            found.append(f"dimension {position} of {size} does not divide over {sizes}")
+    if wanted:
+        found.append(f"no rule cuts it over {' or '.join(wanted)}")
+    return "; ".join(found)

@@ -11,11 +11,13 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from spo_jax.batches import Batches
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.config import LoopConfig
-from spo_jax.loop import Batches, run_loop
+from spo_jax.distributed import Vote, is_first, say
+from spo_jax.loop import Counters, run_loop
 from spo_jax.objectives import Objective
-from spo_jax.prepare import Policy, say
+from spo_jax.prepare import Policy
 from spo_jax.probes import Probes, ProbeWriter
 from spo_jax.sharding import place_batch, sharded_shapes
 from spo_jax.solvers import Solver
@@ -84,36 +86,44 @@ def _jitted_step(stage: Stage) -> Any:
 def run_stage(
     stage: Stage,
     batches: Batches,
-    evaluate: Callable[[TrainState], dict[str, float]] | None,
+    evaluate: Callable[..., dict[str, float]] | None,
     *,
     resume: bool,
     donate: bool,
+    allow_changes: bool = False,
 ) -> StageResult:
     """Train from the start, or with ``resume`` from the newest checkpoint, to the last step.
 
-    ``donate``: nobody looks at ``stage.start`` again, its buffers become the state's.
+    ``evaluate(state, check=...)`` is as in ``Loop``. ``donate``: nobody looks at
+    ``stage.start`` again, its buffers become the state's. With ``allow_changes`` other data than
+    those of the checkpoint begin with their first batch.
     """
     name, folder, loop = stage.name, stage.folder, stage.loop
     step_fn = compile_step(stage)
-    checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints)
+    checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints, keep_every=loop.keep_every)
+    counters = Counters()
+    alarm = None if name == "sft" else DisplacementAlarm(loop.alarm_log_ratio)
     if resume and checkpoints.latest_step() is not None:
-        state, position, _ = checkpoints.restore(state_shapes(stage))
-        batches.set_state(position)
+        state, position, run = checkpoints.restore(state_shapes(stage))
+        _go_to(batches, position, name, allow_changes)
+        counters = Counters(**run.get("counters", {}))
+        if alarm is not None and "alarm" in run:
+            alarm.set_state(run["alarm"])
         say(f"{name}: going on from step {int(state.step)} of {stage.steps}")
     else:
         init = partial(init_state, stage.solver, stage.objective)
         start = stage.start.params
         state, _ = shard_state(init, stage.mesh, start, stage.key, donate=donate)
 
-    active = jax.process_index() == 0
+    active = is_first()
     done = int(state.step)
     probe = None
     if stage.probes is not None:
         probe = ProbeWriter(stage.probes, folder, step_fn, first_step=done + 1, active=active)
     metrics: dict[str, float] = {}
 
-    def look(state):
-        metrics.update(evaluate(state))
+    def look(state, **options):
+        metrics.update(evaluate(state, **options))
         return metrics
 
     if done < stage.steps:
@@ -130,7 +140,9 @@ def run_stage(
             writer=writer,
             checkpoints=checkpoints,
             progress=Progress(name, stage.steps, done, active),
-            alarm=None if name == "sft" else DisplacementAlarm(loop.alarm_log_ratio),
+            vote=Vote(stage.mesh),
+            counters=counters,
+            alarm=alarm,
             probe=probe,
             probe_every=stage.probe_every,
         )
@@ -143,3 +155,15 @@ def run_stage(
     checkpoints.close()
     result = stage.start._replace(params=state.solver.params)
     return StageResult(result, dict(metrics), folder)
+
+
+def _go_to(batches: Batches, position: dict[str, Any], name: str, allow_changes: bool) -> None:
+    try:
+        batches.set_state(position)
+    except ValueError as error:
+        if not allow_changes:
+            raise ValueError(
+                f"{name}: {error}; or take the data as they are now, from their first batch, with "
+                "--allow-changes"
+            ) from error
+        say(f"{name}: the data have changed, they begin with their first batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from spo_jax.objectives import Objective
 from spo_jax.sharding import tree_shardings
 from spo_jax.solvers import Solver
-from spo_jax.types import Params, TrainState
+from spo_jax.types import BilevelBatch, Params, TrainState
 
 
 def make_train_step(
@@ -19,8 +20,11 @@ def make_train_step(
 ):
     """``(state, batch, reference_params) -> (state, metrics)``, pure; jit and donate it.
 
-    Adds ``lr`` and ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats
-    per token) to the metrics of objective and solver.
+    Adds ``lr``, ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats per
+    token), ``tokens`` (real ones of the global batch, both levels) and ``skipped`` to the metrics
+    of objective and solver. Where a loss or a gradient is not finite the update is not applied:
+    parameters, optimizers, multipliers and statistics stay, bit for bit, ``skipped`` is 1, and
+    only the step's number and its key go on.
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
@@ -29,10 +33,36 @@ def make_train_step(
         metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
         if "gap" in metrics:
             metrics["inside_safe_region"] = metrics["gap"] <= tolerance
+        fine = _is_finite(metrics)
+        solver_state, objective_state = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old),
+            (solver_state, objective_state),
+            (state.solver, state.objective),
+        )
+        metrics |= {"skipped": ~fine, "tokens": _real_tokens(batch)}
         key = jax.random.fold_in(state.key, state.step)
         return TrainState(state.step + 1, solver_state, objective_state, key), metrics
 
     return step
+
+
+_DECIDING = ("loss", "inner_loss", "grad_norm", "inner_grad_norm")
+"""Metrics that an update needs finite, where they are there: a broken one breaks the state."""
+
+
+def _is_finite(metrics: Mapping[str, Any]) -> Any:
+    found = [jnp.isfinite(metrics[name]) for name in _DECIDING if name in metrics]
+    return jnp.all(jnp.stack(found))
+
+
+def _real_tokens(batch: BilevelBatch) -> Any:
+    masks = [
+        mask
+        for part in batch
+        if part is not None
+        for mask in (part.prompt_mask, part.completion_mask)
+    ]
+    return sum(jnp.sum(mask, dtype=jnp.int32) for mask in masks)
 
 
 def jit_step(step: Any, shardings: Any = None) -> Any:

@@ -59,7 +59,8 @@ def make_logprobs_fn(model: Any, *, chunk_tokens: int) -> LogprobsFn:
 
     def logprobs(params, batch):
         states, head = states_and_head(model, params, batch)
-        return token_logprobs(states, head, batch.completion_tokens, chunk_tokens=chunk_tokens)
+        tokens = batch.completion_tokens
+        return token_logprobs(states, head, tokens, chunk_tokens=chunk_tokens, mesh=model.mesh)
 
     return logprobs
 

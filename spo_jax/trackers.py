@@ -12,6 +12,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from spo_jax.atomic import replace_text
+
 
 class StepLines:
     """A file of JSON lines, one or more a step; one process of a run writes (``active``).
@@ -41,19 +43,43 @@ class StepLines:
             self._file.close()
 
 
+SKIPPED_FILE = "skipped.jsonl"
+"""Inside a run: the updates that were not applied, with their rows."""
+
+
 class MetricsWriter:
     """``RUN/metrics.jsonl`` and ``RUN/tensorboard``; one process of a run writes.
 
     Lines of a step that a resumed run does again are dropped first, so that the file
-    has each step once.
+    has each step once. ``evaluated`` are the steps whose evaluation is among those kept.
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0, active: bool = True):
-        self._lines = self._board = None
+        self.skipped_file = folder / SKIPPED_FILE
+        self.evaluated: set[int] = set()
+        self._lines = self._board = self._skipped = None
+        self._first_step = first_step
         if not active:
             return
         self._lines = StepLines(folder / "metrics.jsonl", first_step=first_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        if self.skipped_file.exists():
+            self._open_skipped()
+        self.evaluated = {
+            line["step"]
+            for line in read_metrics(folder)
+            if any(key.startswith("eval/") for key in line)
+        }
+
+    def _open_skipped(self) -> StepLines:
+        if self._skipped is None:
+            self._skipped = StepLines(self.skipped_file, first_step=self._first_step)
+        return self._skipped
+
+    def write_skipped(self, step: int, found: Mapping[str, Any]) -> None:
+        """One line of ``skipped.jsonl``: an update that was not applied, and why."""
+        if self._lines is not None:
+            self._open_skipped().write(step, found)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; values that are not finite (a level that was not computed) are left out."""
@@ -69,6 +95,8 @@ class MetricsWriter:
         if self._lines is not None:
             self._lines.close()
             self._board.close()
+        if self._skipped is not None:
+            self._skipped.close()
 
 
 def _lines_before(path: Path, first_step: int) -> list[tuple[int, str]]:
@@ -82,13 +110,6 @@ def _lines_before(path: Path, first_step: int) -> list[tuple[int, str]]:
         if step < first_step:
             kept.append((step, line + "\n"))
     return kept
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -161,6 +182,22 @@ class DisplacementAlarm:
         self._chosen = self._margin = self._weight = 0.0
         self._best_margin = -math.inf
         self._raised = False
+
+    def get_state(self) -> dict[str, Any]:
+        """The averages, as JSON values."""
+        best = self._best_margin if math.isfinite(self._best_margin) else None
+        return {
+            "averages": [self._chosen, self._margin, self._weight],
+            "best_margin": best,
+            "raised": self._raised,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from averages that ``get_state`` gave."""
+        self._chosen, self._margin, self._weight = state["averages"]
+        best = state["best_margin"]
+        self._best_margin = -math.inf if best is None else best
+        self._raised = state["raised"]
 
     def update(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """The warning's text when the alarm goes off at this step, else None."""

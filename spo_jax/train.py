@@ -15,11 +15,14 @@ from jax.sharding import Mesh
 from spo_jax import __version__
 from spo_jax.answers import Exam, make_exam, take_exam
 from spo_jax.assembly import Assembly
-from spo_jax.checkpoints import load_reference, save_reference
+from spo_jax.atomic import replace_bytes
+from spo_jax.batches import Batches
+from spo_jax.changes import check_changes
+from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
 from spo_jax.config import Config, LoopConfig
-from spo_jax.config_io import changed_keys, read_tree, save_config
+from spo_jax.config_io import read_tree, save_config
+from spo_jax.distributed import by_first, say
 from spo_jax.evaluate import make_evaluate
-from spo_jax.loop import Batches
 from spo_jax.prepare import (
     MODEL_FOLDER,
     Policy,
@@ -27,8 +30,9 @@ from spo_jax.prepare import (
     is_run,
     load_policy,
     make_reference_logprobs,
-    say,
 )
+from spo_jax.run_folder import RunLock, check_shared
+from spo_jax.sharding import unsharded
 from spo_jax.stages import Stage, StageResult, run_stage
 from spo_jax.step import init_state, shard_state
 from spo_jax.types import Params, TrainState
@@ -49,8 +53,10 @@ class Trainer(Assembly):
         mesh: Mesh | None = None,
         resume: bool = False,
         only: str | None = None,
+        allow_changes: bool = False,
     ):
         super().__init__(config, mesh=mesh, resume=resume)
+        self.allow_changes = allow_changes
         self.stages = config.stages if only is None else (only,)
         self._exam: Exam | None = None
 
@@ -62,25 +68,47 @@ class Trainer(Assembly):
         """All stages in order; the preference stages start from what SFT ended with."""
         for stage in self.stages:
             self.check_sizes(stage)
-            folder = self.stage_folder(stage)
-            if is_run(folder) and not self.resume:
-                raise RunExists(
-                    f"{folder} holds a run already: go on with --resume, or choose another folder "
-                    "with --output-dir"
-                )
-        if self.resume and not any(is_run(self.stage_folder(s)) for s in self.stages):
-            say(f"{self.root} holds no saved step yet: starting from the beginning")
-        self.root.mkdir(parents=True, exist_ok=True)
-        start = load_policy(
-            self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
-        )
-        self._exam = make_exam(self.config, start.tokenizer)
-        results: dict[str, StageResult] = {}
-        for stage in self.stages:
-            results[stage] = self._run_stage(stage, start)
-            if stage == "sft":
-                start = results[stage].policy
+        with RunLock(self.root):
+            check_shared(self.root)
+            begun = by_first(self._check_folders)
+            start = self._load_start(unchanged=begun and not self.allow_changes)
+            results: dict[str, StageResult] = {}
+            for stage in self.stages:
+                results[stage] = self._run_stage(stage, start)
+                if stage == "sft":
+                    start = results[stage].policy
         return results
+
+    def _load_start(self, *, unchanged: bool = False) -> Policy:
+        start = load_policy(
+            self.config.model,
+            self.mesh,
+            seed=self.config.seed,
+            work=self.root / MODEL_FOLDER,
+            unchanged=unchanged,
+        )
+        for leaf in unsharded(start.params, self.mesh):
+            say(f"WARNING {leaf.path} {list(leaf.shape)} is whole on every device: {leaf.note}")
+        self._exam = make_exam(self.config, start.tokenizer)
+        return start
+
+    def _check_folders(self) -> bool:
+        """Whether there is a run to go on with, that these settings can go on with."""
+        folders = [self.stage_folder(stage) for stage in self.stages]
+        begun = [folder for folder in folders if is_run(folder)]
+        if begun and not self.resume:
+            raise RunExists(
+                f"{begun[0]} holds a run already: go on with --resume, or choose another folder "
+                "with --output-dir"
+            )
+        for folder in begun:
+            saved = read_tree(folder / "config.yaml")
+            changed = check_changes(self.config, saved, run=str(folder), allow=self.allow_changes)
+            if changed:
+                say(f"{folder}: resumed with other settings: {changed}")
+        if self.resume and not begun:
+            say(f"{self.root} holds no saved step yet: starting from the beginning")
+        return bool(begun)
 
     def _start_is_needed(self, stage: str) -> bool:
         """Whether the policy that ``stage`` starts from is looked at again afterwards.
@@ -92,28 +120,20 @@ class Trainer(Assembly):
 
     def _run_stage(self, stage: str, start: Policy) -> StageResult:
         folder = self.stage_folder(stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_description(folder, start, stage)
+        by_first(lambda: self._write_description(folder, start, stage))
         if stage == "sft":
             return self._sft(folder, start)
         return self._preference(stage, folder, start)
 
     def _write_description(self, folder: Path, start: Policy, stage: str) -> None:
-        if jax.process_index():
-            return
         model = folder / MODEL_FOLDER
+        model.mkdir(parents=True, exist_ok=True)
         if model != start.folder:
-            model.mkdir(exist_ok=True)
             for file in start.folder.iterdir():
-                (model / file.name).write_bytes(file.read_bytes())
+                replace_bytes(model / file.name, file.read_bytes())
         header = f"spo-jax {__version__}, jax {jax.__version__}, stage {stage}"
         without = unused_sections(self.config)
-        path = folder / "config.yaml"
-        if self.resume and path.exists():
-            changed = changed_keys(self.config, read_tree(path))
-            if changed:
-                say(f"{stage}: resumed with other settings: {'; '.join(changed)}")
-        save_config(self.config, path, without=without, header=header)
+        save_config(self.config, folder / "config.yaml", without=without, header=header)
 
     def _sft(self, folder: Path, start: Policy) -> StageResult:
         stage, rows = self.sft_stage(folder, start), self.rows("sft_data", start)
@@ -121,7 +141,8 @@ class Trainer(Assembly):
         if rows.heldout is not None:
             held = self._eval_batches(rows, stage.loop)
             run = make_evaluate(stage.objective, held, self.place)
-        batches = Batches(sft=self._iterator(rows, stage.loop.batch_size))
+        iterator = self._iterator(rows, stage.loop.batch_size)
+        batches = Batches(sft=iterator, sources={"sft": rows.train.source_rows})
         return self._train(stage, batches, self._evaluate(stage, run))
 
     def _evaluate(
@@ -132,33 +153,38 @@ class Trainer(Assembly):
         if heldout is None and self._exam is None:
             return None
 
-        def evaluate(state: TrainState, *, finished: bool = False) -> dict[str, float]:
+        def evaluate(
+            state: TrainState, *, finished: bool = False, check: Callable[[], None] = lambda: None
+        ) -> dict[str, float]:
             params, found = state.solver.params, {}
             if heldout is not None:
-                found |= heldout(params, state.objective, stage.reference_params)
+                found |= heldout(params, state.objective, stage.reference_params, check)
             step = int(state.step)
             due = finished or step == stage.steps or (every is not None and step % every == 0)
             if self._exam is not None and due:
                 policy = stage.start._replace(params=params)
-                found |= take_exam(self._exam, policy, stage.folder)
+                found |= take_exam(self._exam, policy, stage.folder, check)
             return found
 
         return evaluate
 
     def _train(self, stage: Stage, batches: Batches, evaluate: Any) -> StageResult:
         donate = not self._start_is_needed(stage.name) and stage.reference_params is None
-        return run_stage(stage, batches, evaluate, resume=self.resume, donate=donate)
+        return run_stage(
+            stage,
+            batches,
+            evaluate,
+            resume=self.resume,
+            donate=donate,
+            allow_changes=self.allow_changes,
+        )
 
     def _preference(self, name: str, folder: Path, start: Policy) -> StageResult:
         return self._train(*self._assemble_pairs(name, folder, start))
 
     def judge_start(self) -> dict[str, float]:
         """Held-out metrics and graded answers of the policy that the pair stages start from."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        start = load_policy(
-            self.config.model, self.mesh, seed=self.config.seed, work=self.root / MODEL_FOLDER
-        )
-        self._exam = make_exam(self.config, start.tokenizer)
+        start = self._load_start()
         stage, _, evaluate = self._assemble_pairs("baseline", self.root, start)
         init = partial(init_state, stage.solver, stage.objective)
         state, _ = shard_state(init, self.mesh, start.params, stage.key, donate=False)
@@ -181,18 +207,18 @@ class Trainer(Assembly):
             judged = self._pair_objective(start, "chosen")
             held = self._eval_batches(rows, loop, found.get("heldout"))
             run = make_evaluate(judged, held, self.place)
-        return stage, Batches(iterator, inner), self._evaluate(stage, run)
+        sources = {"preference": rows.train.source_rows}
+        if sft_rows is not None:
+            sources["sft"] = sft_rows.train.source_rows
+        return stage, Batches(iterator, inner, sources), self._evaluate(stage, run)
 
     def _reference(self, folder: Path, start: Policy) -> Params | None:
         """The reference parameters: those saved with the run, else reference.path, else start."""
         config = self.config
         if config.reference.mode == "none":
             return None
-        if (folder / "reference").exists():
-            if self.resume:
-                return load_reference(folder, start.params)
-            # Left by an attempt that never saved a step, maybe with another model.
-            shutil.rmtree(folder / "reference")
+        if by_first(lambda: self._keeps_reference(folder)):
+            return load_reference(folder, start.params)
         params = start.params
         if config.reference.path is not None:
             section = dataclasses.replace(
@@ -208,6 +234,14 @@ class Trainer(Assembly):
             params = other.params
         save_reference(folder, params)
         return params
+
+    def _keeps_reference(self, folder: Path) -> bool:
+        """Whether the run that is resumed has its reference; one of another attempt is removed."""
+        saved = folder / REFERENCE
+        if saved.exists() and not (self.resume and is_run(folder)):
+            # Left by an attempt that never saved a step, maybe with another model.
+            shutil.rmtree(saved)
+        return saved.exists()
 
     def _frozen_logprobs(self, reference, start: Policy, rows: Rows, sft_rows, loop: LoopConfig):
         if self.config.reference.mode != "precomputed":

@@ -100,7 +100,7 @@ def test_answers_are_kept_with_their_verdicts(monkeypatch, tmp_path, tokenizer):
     assert take_exam(exam, policy, tmp_path)["accuracy"] == 0.5
     assert asked == {
         "prompts": ["1+2=", "2+2="],
-        "settings": {"max_new_tokens": 5, "stop_ids": (1, 5)},
+        "settings": {"max_new_tokens": 5, "stop_ids": (1, 5), "progress": None},
     }
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["exact"] for line in lines] == [True, False]

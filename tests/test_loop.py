@@ -1,6 +1,7 @@
 """The loop with a toy step: what is written when, how it stops, how it goes on."""
 
 import errno
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -10,9 +11,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from spo_jax.batches import Batches, positions
 from spo_jax.checkpoints import CheckpointError, Checkpoints
 from spo_jax.config import LoopConfig
-from spo_jax.loop import Batches, Stopped, Throughput, TokenCount, run_loop, stop_signals
+from spo_jax.distributed import Vote
+from spo_jax.loop import Counters, Throughput, run_loop
+from spo_jax.sharding import make_mesh
+from spo_jax.stopping import Diverged, Stopped, stop_signals
 from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
 
@@ -25,6 +30,10 @@ def batch_of(number, rows=2, branches=2):
         completion_mask=np.arange(4) < np.full((rows, branches, 1), 2),
         row_ids=np.full(rows, number, np.int32),
     )
+
+
+SOURCES = np.arange(100, 200)
+"""Row ``i`` was record ``100 + i`` of its file."""
 
 
 class Source:
@@ -49,6 +58,8 @@ def step_fn(state, batch):
     seen = batch.preference.row_ids[0]
     total = state.solver["total"] * 3 + seen
     metrics = {"loss": 1 / (1 + state.step), "seen": jnp.asarray(seen, jnp.float32)}
+    # 2 rows: 3 prompt tokens and 2 completions with 2 of 4 positions real.
+    metrics |= {"tokens": 14, "skipped": False}
     return state._replace(step=state.step + 1, solver={"total": total}), metrics
 
 
@@ -70,11 +81,13 @@ def run(
     probe=None, probe_every=1, **loop,
 ):  # fmt: skip
     """One start of a run in ``folder``, assembled as the trainer does it."""
-    checkpoints = Checkpoints(folder, keep=keep)
-    state, batches = start(), Batches(Source())
+    checkpoints = Checkpoints(folder, keep=keep, keep_every=loop.get("keep_every"))
+    state, batches = start(), Batches(Source(), sources={"preference": SOURCES})
+    counters = Counters()
     if resume:
-        state, position, _ = checkpoints.restore(state)
+        state, position, kept = checkpoints.restore(state)
         batches.set_state(position)
+        counters = Counters(**kept["counters"])
     done = int(state.step)
     writer = MetricsWriter(folder, first_step=done + 1)
     try:
@@ -90,6 +103,8 @@ def run(
             writer=writer,
             checkpoints=checkpoints,
             progress=Progress("preference", steps, done),
+            vote=Vote(make_mesh()),
+            counters=counters,
             alarm=alarm,
             probe=probe,
             probe_every=probe_every,
@@ -110,7 +125,7 @@ def looked(folder):
     return [(r["step"], r["eval/loss"]) for r in read_metrics(folder) if "eval/loss" in r]
 
 
-def held_out(state):
+def held_out(state, check):
     return {"loss": float(state.step) / 2}
 
 
@@ -121,7 +136,6 @@ def test_every_step_is_written_once(tmp_path):
     found = training_lines(tmp_path)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["seen"] for line in found] == [0, 1, 2, 3, 4, 5, 6]
-    # 2 rows: 3 prompt tokens and 2 completions with 2 of 4 positions real.
     assert found[0]["padding_share"] == pytest.approx(1 - 14 / 22)
     assert found[-1]["tokens_per_second"] > 0
     assert saved(tmp_path) == [7]
@@ -318,11 +332,11 @@ def test_the_alarm_is_heard(tmp_path, capsys):
     assert capsys.readouterr().err.count("WARNING displacement at step 1") == 1
 
 
-def test_counting_tokens_of_both_levels():
+def test_counting_positions_of_both_levels():
     pairs, sft = batch_of(0), batch_of(0, rows=1, branches=1)
-    assert TokenCount.of(BilevelBatch(pairs)) == (2 * 3 + 2 * 2 * 2, 2 * 3 + 2 * 2 * 4)
-    assert TokenCount.of(BilevelBatch(pairs, sft)) == (14 + 3 + 2, 22 + 3 + 4)
-    assert TokenCount.of(BilevelBatch(sft=sft)) == (5, 7)
+    assert positions(BilevelBatch(pairs)) == 2 * 3 + 2 * 2 * 4
+    assert positions(BilevelBatch(pairs, sft)) == 22 + 3 + 4
+    assert positions(BilevelBatch(sft=sft)) == 7
 
 
 def test_throughput_leaves_pauses_out(monkeypatch):
@@ -349,11 +363,92 @@ def test_one_position_for_both_levels():
     assert only_sft.preference is None
 
 
-def test_a_gradient_that_is_not_finite_is_said_once(tmp_path, capsys):
-    def diverging(state, batch):
-        state, metrics = step_fn(state, batch)
-        return state, {**metrics, "grad_norm": jnp.where(state.step > 3, jnp.inf, 1.0)}
+def breaking(*at):
+    """Updates that meet these batches are not applied, as the step of a stage has it."""
 
-    run(tmp_path, step_fn=diverging)
-    assert capsys.readouterr().err.count("the gradient of step 4 is not finite") == 1
-    assert [line.get("grad_norm") for line in training_lines(tmp_path)] == [1.0] * 3 + [None] * 4
+    def step(state, batch):
+        new, metrics = step_fn(state, batch)
+        if int(batch.preference.row_ids[0]) not in at:
+            return new, metrics
+        broken = {"loss": np.nan, "grad_norm": np.inf, "skipped": True}
+        return new._replace(solver=state.solver), metrics | broken
+
+    return step
+
+
+def skipped_lines(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_a_skipped_update_is_counted_and_its_rows_are_written_down(tmp_path, capsys):
+    state = run(tmp_path, step_fn=breaking(2, 3, 5), log_every=100)
+    assert int(state.step) == 7
+    found = read_metrics(tmp_path)
+    assert [(line["step"], line["skipped"]) for line in found] == [(3, 1), (4, 2), (6, 3), (7, 3)]
+    assert ["loss" in line for line in found] == [False, False, False, True]
+    assert skipped_lines(tmp_path) == [
+        {
+            "step": i + 1,
+            "not_finite": ["grad_norm", "loss"],
+            "records": {"preference": [100 + i] * 2},
+        }
+        for i in (2, 3, 5)
+    ]
+    # Once for each row of them, not for each update.
+    assert capsys.readouterr().err.count("is not finite") == 2
+
+
+def test_too_many_skipped_in_a_row_stop_the_run_with_the_last_good_state(tmp_path):
+    step = breaking(2, 4, 5, 6)
+    with pytest.raises(Diverged, match="3 updates in a row") as caught:
+        run(tmp_path, steps=12, step_fn=step, max_skipped=3)
+    for part in ("train.max_skipped", "saved as step 8", "skipped.jsonl", "--resume"):
+        assert part in str(caught.value)
+    # Seen one update later, which was a good one; it is kept.
+    state = run(tmp_path, steps=12, step_fn=step, max_skipped=3, resume=True)
+    expected = np.int32(0)
+    for number in range(12):
+        expected = expected if number in (2, 4, 5, 6) else np.int32(expected * 3 + number)
+    assert int(state.solver["total"]) == int(expected)
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert (lines[-1]["skipped"], lines[-1]["tokens_seen"]) == (4, 12 * 14)
+
+
+def test_counters_go_on_where_they_were(tmp_path):
+    with pytest.raises(Stopped):
+        run(tmp_path / "a", step_fn=lambda s, b: stopping(3, signal.SIGTERM)(*(s, b)))
+    run(tmp_path / "a", resume=True)
+    run(tmp_path / "b")
+    lines = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(x)]
+        for x in (tmp_path / "a", tmp_path / "b")
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0][-1]["tokens_seen"] == 7 * 14
+
+
+def test_an_evaluation_is_given_up_for_a_signal_and_made_up_for(tmp_path):
+    """A signal during a long evaluation saves at once; the resumed run evaluates there first."""
+    batches = []
+
+    def long(state, check):
+        for number in range(3):
+            check()
+            batches.append((int(state.step), number))
+            if (int(state.step), number, len(batches)) == (2, 1, 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": float(state.step) / 2}
+
+    with pytest.raises(Stopped, match="at step 2"):
+        run(tmp_path, evaluate=long, eval_every=2)
+    assert batches[-1] == (2, 1)
+    assert saved(tmp_path) == [2]
+    assert looked(tmp_path) == [(0, 0.0)]
+    run(tmp_path, evaluate=long, eval_every=2, resume=True)
+    assert looked(tmp_path) == [(0, 0.0), (2, 1.0), (4, 2.0), (6, 3.0), (7, 3.5)]
+
+
+def test_checkpoints_kept_for_good(tmp_path):
+    run(tmp_path, steps=11, save_every=1, keep=2, keep_every=4)
+    assert saved(tmp_path) == [4, 8, 10, 11]

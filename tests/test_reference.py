@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spo_jax.checksums import params_fingerprint
 from spo_jax.data.reference import (
     default_cache_dir,
     fingerprint,
     load_or_precompute,
-    params_fingerprint,
     precompute,
 )
 from spo_jax.sharding import make_mesh, tree_shardings

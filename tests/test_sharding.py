@@ -20,7 +20,9 @@ from spo_jax.sharding import (
     partition_spec,
     place_batch,
     sharded_shapes,
+    sharding_table,
     tree_shardings,
+    unsharded,
 )
 from spo_jax.solvers import make_penalty
 from spo_jax.step import init_state, jit_step, make_train_step, shard_state
@@ -127,6 +129,64 @@ def test_optimizer_states_lie_like_their_parameters(name):
         assert spec == (rule(path) if same_rank else P()), path
         cut += spec != P()
     assert cut == {"adamw": 2 * len(FITTED), "adafactor": 0, "muon": len(FITTED) + 1}[name]
+
+
+def tree_of(**shapes):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def test_the_table_says_where_every_leaf_lies():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    found = {row.path: row for row in sharding_table(MODEL.abstract_params(), mesh)}
+    assert len(found) == 11
+    q = found["layers/attention/q/kernel"]
+    assert (q.shape, q.dtype, q.spec) == ((2, 16, 16), "float32", "(-, fsdp, tensor)")
+    assert (q.bytes, q.bytes_per_device, q.note) == (2048, 512, "")
+    embed = found["embed"]
+    assert (embed.spec, embed.bytes_per_device) == ("(-, fsdp)", 53 * 8 * 4)
+    assert embed.note == "dimension 0 of 53 does not divide over mesh.tensor=2"
+    norm = found["final_norm/scale"]
+    assert (norm.spec, norm.bytes_per_device) == ("replicated", 64)
+    assert norm.note == "no rule cuts it over fsdp or tensor"
+
+
+def test_bytes_per_device_are_those_of_the_shards():
+    mesh = make_mesh(data=2, fsdp=4)
+    params = MODEL.abstract_params()
+    shardings = jax.tree.leaves(tree_shardings(params, mesh))
+    for row, sharding in zip(sharding_table(params, mesh), shardings, strict=True):
+        assert row.bytes_per_device == 4 * np.prod(sharding.shard_shape(row.shape))
+
+
+def test_axes_of_one_and_joined_axes_in_the_table():
+    tree = tree_of(a=(16, 3), b=(6, 4))
+    rules = [(r"a", P(("fsdp", "tensor"))), (r"", P("tensor", "fsdp"))]
+    a, b = sharding_table(tree, make_mesh(data=2, fsdp=2, tensor=2), rules)
+    assert (a.spec, a.bytes_per_device, a.note) == ("(fsdp+tensor)", 48, "")
+    assert (b.spec, b.bytes_per_device, b.note) == ("(tensor, fsdp)", 24, "")
+    a, b = sharding_table(tree, make_mesh(data=2, fsdp=4), rules)
+    assert (a.spec, b.spec, b.note) == ("(fsdp)", "(-, fsdp)", "")
+    assert {row.note for row in sharding_table(tree, make_mesh(), rules)} == {""}
+
+
+def test_what_is_large_and_whole_is_found():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    tree = {
+        "embed": jax.ShapeDtypeStruct((1001, 1024), jnp.float32),
+        "head": jax.ShapeDtypeStruct((1024, 1000), jnp.float32),
+        "adapter": jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16),
+        "scale": jax.ShapeDtypeStruct((1024,), jnp.float32),
+        "layers": {"q": {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}},
+    }
+    found = {row.path: row.note for row in unsharded(tree, mesh, min_bytes=2**20)}
+    assert found == {
+        "embed": "dimension 0 of 1001 does not divide over mesh.tensor=2",
+        "adapter": "no rule cuts it over fsdp or tensor",
+        "layers/q/kernel": "its rule is for 3 dimensions, the leaf has 2",
+    }
+    assert [row.path for row in unsharded(tree, mesh, min_bytes=2**21 + 1)] == ["layers/q/kernel"]
+    assert not unsharded(tree, mesh)
+    assert not unsharded(tree, make_mesh(), min_bytes=1)
 
 
 def test_batches_divide_or_say_what_would():

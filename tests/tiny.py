@@ -56,6 +56,8 @@ class Bigram:
     where it is used.
     """
 
+    mesh = None
+
     def init(self, seed=0):
         keys = jax.random.split(jax.random.key(seed), 3)
         shapes = {"embed": (VOCABULARY, 8), "mix": (8, 8), "head": (8, VOCABULARY)}

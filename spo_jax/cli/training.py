@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
             help=text.splitlines()[0],
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"spo-jax {name} {argument} [--resume] [--KEY VALUE ...]",
+            usage=f"spo-jax {name} {argument} [--resume] [--distributed] [--KEY VALUE ...]",
             add_help=False,
         )
         command.add_argument("-h", "--help", action="store_true", help="this text and every key")
@@ -53,9 +53,38 @@ def add_commands(commands: Any) -> None:
         command.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint of the run"
         )
+        command.add_argument(
+            "--allow-changes",
+            action="store_true",
+            help="with --resume: go on with another model, optimizer or data all the same",
+        )
+        add_process_flags(command)
         command.set_defaults(
             command_function=_train, takes_keys=True, show_help=partial(_show_help, command)
         )
+
+
+def add_process_flags(command: argparse.ArgumentParser) -> None:
+    """The flags of a run of several processes."""
+    several = command.add_argument_group("several processes, each started with the same command")
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the processes of this TPU pod, SLURM or Open MPI job, or Kubernetes job",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 is")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+
+
+def join_processes(options: argparse.Namespace) -> None:
+    """Become one process of several, where the flags or the environment say so."""
+    from spo_jax.distributed import ENVIRONMENT, initialize
+
+    given = {name: getattr(options, name) for name in ENVIRONMENT}
+    described = any(value is not None for value in given.values())
+    if options.distributed or described or any(v in os.environ for v in ENVIRONMENT.values()):
+        initialize(**given)
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.help:
         return options.show_help()
     from spo_jax.config_io import ConfigError
-    from spo_jax.loop import Stopped
+    from spo_jax.stopping import Stopped
 
     if options.config is None or options.config.startswith("-"):
         raise ConfigError(f"name a configuration: spo-jax {options.command} CONFIG (see --help)")
@@ -92,6 +121,7 @@ def _train(options: argparse.Namespace) -> int:
         from spo_jax.probing import probed_config as load_config
     else:
         from spo_jax.validation import load_config
+    join_processes(options)
     config = load_config(options.config, read_overrides(overrides))
     only = None
     if options.command == "sft":
@@ -102,20 +132,25 @@ def _train(options: argparse.Namespace) -> int:
             )
         only = "sft"
 
+    from spo_jax.atomic import replace_text
+    from spo_jax.distributed import is_first, say
     from spo_jax.train import Trainer
 
-    trainer = Trainer(config, resume=options.resume, only=only)
+    if options.allow_changes and not options.resume:
+        raise ConfigError("--allow-changes would be ignored: it goes with --resume")
+    trainer = Trainer(config, resume=options.resume, only=only, allow_changes=options.allow_changes)
     try:
         results = trainer.run()
     except Stopped as stopped:
-        print(
+        say(
             f"\n{stopped}; everything is saved in {config.output_dir}. Go on with: "
-            f"spo-jax {options.command} {options.config} --resume",
-            file=sys.stderr,
+            f"spo-jax {options.command} {options.config} --resume"
         )
         return 128 + stopped.signal_number
     table = [{"stage": stage, **result.metrics} for stage, result in results.items()]
-    (trainer.root / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    if not is_first():
+        return 0
+    replace_text(trainer.root / "results.json", json.dumps(table, indent=2) + "\n")
     print(format_table(table, _title(config)))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
@@ -21,38 +19,6 @@ def default_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/spo_jax``, or ``~/.cache/spo_jax``."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "spo_jax"
-
-
-@jax.jit
-def _checksums(params: Any) -> Any:
-    def checksum(x):
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        flat = bits.ravel()
-        place = jnp.arange(flat.size, dtype=jnp.uint32)
-        # Two position-dependent sums modulo 2^32: exact and in any order, so that every
-        # mesh gives the same.
-        mixed = (flat ^ (flat >> 15)) * jnp.uint32(2654435761)
-        return jnp.stack(
-            [
-                jnp.sum(flat * (2 * place + 1), dtype=jnp.uint32),
-                jnp.sum(mixed * (place * jnp.uint32(0x9E3779B1) | 1), dtype=jnp.uint32),
-            ]
-        )
-
-    return jax.tree.map(checksum, params)
-
-
-def params_fingerprint(params: Any) -> str:
-    """A hash of every bit of the parameters and their paths, computed where they lie.
-
-    The same on any mesh; a change of one weight changes it.
-    """
-    digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(_checksums(params)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(jax.device_get(value)).tobytes())
-    return digest.hexdigest()
 
 
 def fingerprint(*parts: str) -> str:

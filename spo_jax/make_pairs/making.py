@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -11,9 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from spo_jax.checksums import params_fingerprint
 from spo_jax.config import DataConfig, ModelConfig
 from spo_jax.data import TextRows
-from spo_jax.data.reference import params_fingerprint
+from spo_jax.distributed import by_first
 from spo_jax.evaluate import Completion
 from spo_jax.make_pairs.core import (
     Counts,
@@ -125,11 +126,19 @@ def write_pairs(
     for problem in problems:
         check_gold(problem, _main_grader(TASKS[settings.task]))
     described = _describe(policy, problems, settings)
-    file = PairFile(Path(out), described, blocks=-(-len(problems) // BLOCK))
-    counts = total(Counts(**found) for found in file.counts)
+    blocks = -(-len(problems) // BLOCK)
+    file: PairFile | None = None  # of the first process; the others sample with it
+
+    def take_over() -> list[dict[str, int]]:
+        nonlocal file
+        file = PairFile(Path(out), described, blocks=blocks)
+        return file.counts
+
+    before = by_first(take_over)
+    counts = total(Counts(**found) for found in before)
     shown = Progress(counts, len(problems))
     try:
-        for block in range(file.done, file.blocks):
+        for block in range(len(before), blocks):
             numbers = range(len(problems))[block * BLOCK : (block + 1) * BLOCK]
             some = [problems[i] for i in numbers]
             drawn = draw_samples(
@@ -141,12 +150,25 @@ def write_pairs(
                 batch_size=batch_size,
                 progress=partial(shown.update, counts),
             )
-            found = _append(file, some, drawn, settings, described["policy"], policy.tokenizer)
+            append = partial(_append, some, drawn, settings, described["policy"], policy.tokenizer)
+            found = Counts(**by_first(lambda append=append: append(file)._asdict()))
             counts = total([counts, found])
             shown.update(counts)
     finally:
         shown.close()
-        file.close()
+        if file is not None:
+            file.close()
+    by_first(lambda: _finish(file, counts, described, settings, model))
+    return counts
+
+
+def _finish(
+    file: PairFile,
+    counts: Counts,
+    described: Mapping[str, Any],
+    settings: PairSettings,
+    model: str,
+) -> None:
     if counts.pairs == 0:
         file.discard()
         raise ValueError(why_no_pairs(counts, settings))
@@ -154,7 +176,6 @@ def write_pairs(
     file.finish(
         {"model": model, "settings": described, "counts": counts._asdict(), "versions": versions}
     )
-    return counts
 
 
 def _describe(
@@ -175,12 +196,12 @@ def _describe(
 
 
 def _append(
-    file: PairFile,
     problems: Sequence[Problem],
     drawn: Sequence[Sequence[Completion]],
     settings: PairSettings,
     policy: str,
     tokenizer: Any,
+    file: PairFile,
 ) -> Counts:
     """Grade a block and append its pairs, less those that are in the file already."""
     task = TASKS[settings.task]

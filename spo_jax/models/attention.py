@@ -8,13 +8,19 @@ prompt whose keys and values are kept (``PrefillAttention``), or a cache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from spo_jax.constraints import platform
+from spo_jax.models.second_order import with_second_derivative
+from spo_jax.models.splash import BLOCKS, splash_attention
 
 Window: TypeAlias = Int[Array, ""] | int | None
 """How many tokens a query sees, itself included; ``None`` for all earlier ones."""
@@ -109,16 +115,46 @@ def cudnn_attention(
     )
 
 
-KERNELS: dict[str, Kernel] = {"xla": xla_attention, "cudnn": cudnn_attention}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "xla": xla_attention,
+    "cudnn": cudnn_attention,
+    "splash": splash_attention,
+}
 
 
-def choose_kernel(name: str, dtype: Any, head_dim: int, length: int) -> Kernel:
-    """Return the kernel called ``name``; ``auto`` is cuDNN where it serves, XLA elsewhere."""
-    if name != "auto":
+def choose_kernel(
+    name: str, dtype: Any, head_dim: int, length: int, window: Window, mesh: Mesh | None
+) -> Kernel:
+    """Return the kernel called ``name``; ``auto`` takes the platform's own where it serves.
+
+    That is cuDNN on GPU and splash on TPU; XLA elsewhere. The platform is that of the devices
+    of ``mesh``, which may be described and not there.
+
+    Raises:
+        ValueError: ``splash`` for windows that differ from layer to layer, or on a GPU.
+    """
+    backend = platform(mesh)
+    static = window is None or isinstance(window, int)
+    if name == "auto":
+        # cuDNN wants a head that is a multiple of 8 and, with a mask in training, an even length.
+        half = jnp.dtype(dtype).itemsize == 2
+        if backend == "gpu" and half and head_dim % 8 == 0 and length % 2 == 0:
+            return cudnn_attention
+        if backend != "tpu" or not static or length < BLOCKS[-1] or dtype == jnp.float16:
+            return xla_attention
+    elif name != "splash":
         return KERNELS[name]
-    # cuDNN wants a head that is a multiple of 8 and, with a mask in training, an even length.
-    serves = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and length % 2 == 0
-    return cudnn_attention if serves and jax.default_backend() == "gpu" else xla_attention
+    if not static:
+        raise ValueError(
+            "attention='splash' with sliding windows in some layers only: its mask is compiled "
+            "in, and the layers share one program; use attention='auto' or 'xla'"
+        )
+    if backend not in ("tpu", "cpu"):
+        raise ValueError(
+            f"attention='splash' on {backend}: it is a TPU kernel; use attention='auto' or 'cudnn'"
+        )
+    splash = functools.partial(splash_attention, mesh=mesh, interpret=backend != "tpu")
+    return with_second_derivative(splash, xla_attention)
 
 
 def _within(length: int, window: Window) -> Bool[Array, "1 T T"]:
@@ -136,11 +172,12 @@ class BranchAttention(flax.struct.PyTreeNode):
     segment_ids: Int[Array, "Bn T"]
     layout: Layout = flax.struct.field(pytree_node=False)
     kernel: str = flax.struct.field(pytree_node=False)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False)
 
     def attend(self, q: Any, k: Any, v: Any, window: Window, cached: None) -> tuple[Any, None]:
         """Return the packed ``[B, P + n*C, H, d]`` outputs, and nothing to keep."""
         q, k, v = (split_branches(x, self.layout) for x in (q, k, v))
-        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return merge_branches(kernel(q, k, v, self.segment_ids, window), self.layout), None
 
 
@@ -149,12 +186,13 @@ class PrefillAttention(flax.struct.PyTreeNode):
 
     segment_ids: Int[Array, "B P"]
     kernel: str = flax.struct.field(pytree_node=False)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False)
 
     def attend(
         self, q: Any, k: Any, v: Any, window: Window, cached: None
     ) -> tuple[Any, tuple[Any, Any]]:
         """Return the outputs ``[B, P, H, d]`` and the prompt's keys and values."""
-        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1])
+        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return kernel(q, k, v, self.segment_ids, window), (k, v)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from spo_jax.models.attention import KERNELS, NO_WINDOW
 
@@ -98,16 +99,20 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a decoder runs: dtypes, what the backward pass recomputes, the attention kernel.
+    """How a decoder runs: dtypes, what the backward pass recomputes, the attention kernel, where.
 
-    ``attention="auto"`` takes cuDNN on a GPU with a 16-bit ``compute_dtype`` and XLA
-    elsewhere. An unknown name is an error that says the nearest valid one.
+    ``attention="auto"`` takes splash on a TPU, cuDNN on a GPU with a 16-bit
+    ``compute_dtype``, and XLA elsewhere. ``mesh`` is the one the parameters live on, with axes
+    ``data``, ``fsdp`` and ``tensor``: kernels run on each device's part, and activations stay
+    cut. ``None`` leaves everything to the partitioner. An unknown name is an error that says
+    the nearest valid one.
     """
 
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         _check_name("param_dtype", self.param_dtype, DTYPES)
@@ -118,6 +123,11 @@ class Execution:
             raise ValueError(
                 f"attention='cudnn' with compute_dtype={self.compute_dtype!r}: cuDNN attention "
                 "takes 16-bit inputs, use compute_dtype='bfloat16' or attention='xla'"
+            )
+        if self.attention == "splash" and self.compute_dtype == "float16":
+            raise ValueError(
+                "attention='splash' with compute_dtype='float16': a TPU has no float16, use "
+                "compute_dtype='bfloat16' or attention='xla'"
             )
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from spo_jax.constraints import ROWS, constrain
 from spo_jax.models.attention import (
     BranchAttention,
     CachedAttention,
@@ -106,7 +108,7 @@ class Layer(nn.Module):
         out, kept = Attention(c, e, name="attention")(normed, rotation, context, window, cached)
         x += out
         x += MLP(c, e, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
-        return x, kept
+        return constrain(x, e.mesh, ROWS, None, None), kept
 
 
 class Decoder(nn.Module):
@@ -136,9 +138,21 @@ class Decoder(nn.Module):
             length=c.num_layers,
         )(c, e, name="layers")
         windows = None if c.layer_windows is None else jnp.asarray(c.layer_windows)
-        x = embed[tokens].astype(e.compute_dtype)
+        x = _look_up(embed, tokens, e)
         x, kept = layers(x, windows, cached, rotation(c, positions), context)
         return RMSNorm(c.rms_norm_eps, e, name="final_norm")(x), kept
+
+
+def _look_up(embed, tokens, execution: Execution):
+    """The rows of ``embed`` that ``tokens`` name.
+
+    On a mesh its columns stay where they are, cut over ``fsdp``: the ids of all rows on that
+    axis come to them, and what was found goes back to the rows. The table never travels.
+    """
+    mesh = execution.mesh
+    tokens = constrain(tokens, mesh, "data", None)
+    found = constrain(embed[tokens], mesh, "data", None, "fsdp")
+    return constrain(found.astype(execution.compute_dtype), mesh, ROWS, None, None)
 
 
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -160,6 +174,11 @@ class Model:
 
     config: DecoderConfig
     execution: Execution = field(default_factory=Execution)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the parameters live on, if the model was told."""
+        return self.execution.mesh
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Draw matrices from ``N(0, initializer_range^2)``; norms are 1, biases 0."""
@@ -201,6 +220,7 @@ class Model:
             segment_ids=split_branches(real, layout).astype(jnp.int32),
             layout=layout,
             kernel=self.execution.attention,
+            mesh=self.execution.mesh,
         )
         x, _ = self._apply(params, tokens, positions, context)
         return x[:, :P], x[:, P:].reshape(B, n, C, self.config.hidden_size)
@@ -230,7 +250,9 @@ class Model:
         """Fill an empty cache from right-aligned prompts; returns the last hidden state of each."""
         P = tokens.shape[1]
         context = PrefillAttention(
-            segment_ids=mask.astype(jnp.int32), kernel=self.execution.attention
+            segment_ids=mask.astype(jnp.int32),
+            kernel=self.execution.attention,
+            mesh=self.execution.mesh,
         )
         x, kept = self._apply(params, tokens, positions_from_mask(mask), context)
         keys, values = (
@@ -287,5 +309,5 @@ class Model:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: PRNGKeyArray) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="xla")
+    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="xla", mesh=None)
     return model._trunk.init(key, tokens, tokens, context)["params"]

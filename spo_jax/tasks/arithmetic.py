@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spo_jax.atomic import replace_text
+
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 CHARACTERS = "0123456789+=; "
 _PROBLEM = re.compile(r"([0-9]+)\+([0-9]+)=?$")
@@ -100,9 +102,7 @@ def is_well_formed(completion: str) -> bool:
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_tokenizer(folder: Path) -> None:

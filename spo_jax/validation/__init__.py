@@ -14,6 +14,7 @@ from spo_jax.config import BUILTIN_TASK, Config
 from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, read_tree
 from spo_jax.solvers import SOLVERS
 from spo_jax.validation.choices import check_options, choices, loss_function, solver_uses
+from spo_jax.validation.ranges import validate_ranges
 from spo_jax.validation.sections import (
     validate_answers,
     validate_dynamics,
@@ -117,6 +118,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         if section in given and not (section == "dynamics" and off):
             raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
 
+    validate_ranges(config)
     validate_objective(config, given)
     validate_model(config)
     stages = set(config.stages)

@@ -33,12 +33,24 @@ def loss_function(name: str):
         if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
             sys.path.insert(0, str(Path.cwd()))
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+            found = getattr(importlib.import_module(module), attribute)
+            parameters = inspect.signature(found).parameters.values()
+        # Whatever the module raises, a slip of the pen in it too, is about this key.
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
-                f"loss.name={name!r}: {error}. It is read as module:function; the module must "
+                f"loss.name={name!r}: {reason}. It is read as module:function; the module must "
                 f"be importable from {Path.cwd()}"
             ) from None
+        positional = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
+        ]
+        if not 1 <= len(positional) <= 3:
+            raise ConfigError(
+                f"loss.name={name!r} takes {len(positional)} positional arguments: a loss is a "
+                "function of policy[, reference[, statistics]], its options keywords behind a *"
+            )
+        return found
     raise ConfigError(
         f"loss.name={name!r}: choose one of {', '.join(LOSSES)}{nearest(name, list(LOSSES))}, "
         "or module:function for one of your own"
@@ -91,4 +103,5 @@ def check_options(section: str, chosen: Named, fn: Callable[..., Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -1e300 < value < 1e300

@@ -183,12 +183,17 @@ def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCon
             f"{loop_key}.eval_every needs held-out rows: set {data_key}.eval or eval_fraction"
         )
     positive = ["batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"]
-    positive += ["steps", "epochs", "eval_every", "save_every"]
+    positive += ["steps", "epochs", "eval_every", "save_every", "keep_every", "max_skipped"]
     positive += ["inner_batch_size", "eval_batch_size"]
     for name in positive:
         value = getattr(loop, name, None)
         if value is not None and value <= 0:
             raise ConfigError(f"{loop_key}.{name}={value}: expected a positive number")
+    if loop.keep_every and (not loop.save_every or loop.keep_every % loop.save_every):
+        raise ConfigError(
+            f"{loop_key}.keep_every={loop.keep_every} with {loop_key}.save_every="
+            f"{loop.save_every}: only what is saved can be kept, set a multiple of save_every"
+        )
     for name in ("batch_size", "inner_batch_size"):
         size = getattr(loop, name, None)
         if size is not None and size % loop.gradient_accumulation:

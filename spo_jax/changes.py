@@ -1,0 +1,61 @@
+"""A run resumed with other settings: what changed, and what the saved state would not survive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spo_jax.config import Config
+from spo_jax.config_io import changed_keys
+
+BINDING = {
+    "model.path": "the checkpoint holds the parameters of the model it was started with",
+    "model.init": "the checkpoint holds the parameters of the model it was started with",
+    "model.tokenizer": "the policy has learnt the ids of the tokenizer it was started with",
+    "model.param_dtype": "the checkpoint holds parameters and moments of the other dtype",
+    "reference.path": "the frozen reference of the run is saved with it",
+    "outer.name": "the checkpoint holds the state of the other optimizer",
+    "outer.options": "the checkpoint holds the state of the other optimizer",
+    "inner.name": "the checkpoint holds the state of the other optimizer",
+    "inner.options": "the checkpoint holds the state of the other optimizer",
+    "sft_optimizer.name": "the checkpoint holds the state of the other optimizer",
+    "sft_optimizer.options": "the checkpoint holds the state of the other optimizer",
+    "solver.name": "the checkpoint holds the multipliers and optimizers of the other solver",
+    "loss.name": "the checkpoint holds the statistics of the other loss",
+}
+"""Keys (and all below them) whose change a saved state does not survive, with the reason."""
+
+_OF_NO_ACCOUNT = ("output_dir",)
+
+
+class ChangedConfig(ValueError):
+    """A run resumed with settings that its saved state does not survive."""
+
+
+def check_changes(
+    config: Config, saved: Mapping[str, Any], *, run: str, allow: bool = False
+) -> str | None:
+    """What changed since ``run`` was saved, in a line; None where nothing did.
+
+    Raises:
+        ChangedConfig: a change that would corrupt the run, unless ``allow``.
+    """
+    found = {k: v for k, v in changed_keys(config, saved).items() if k not in _OF_NO_ACCOUNT}
+    if not found:
+        return None
+    refused = [(key, _reason(key)) for key in found if _reason(key)]
+    if refused and not allow:
+        said = "; ".join(f"{_shown(key, found[key])} ({reason})" for key, reason in refused)
+        raise ChangedConfig(
+            f"{run} cannot be resumed with other settings of these: {said}. Set them back, start "
+            "a new run (model.path may be the folder of this one), or insist with --allow-changes"
+        )
+    return "; ".join(_shown(key, values) for key, values in found.items())
+
+
+def _reason(key: str) -> str | None:
+    return next((why for k, why in BINDING.items() if key == k or key.startswith(f"{k}.")), None)
+
+
+def _shown(key: str, values: tuple[Any, Any]) -> str:
+    return f"{key}: {values[0]} -> {values[1]}"

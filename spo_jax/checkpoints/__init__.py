@@ -1,0 +1,23 @@
+"""Orbax checkpoints: train state, data position and counters in one atomic step.
+
+``RUN/checkpoints/<step>/`` holds ``state``, ``data`` and ``run``; ``RUN/reference/``
+holds the frozen reference parameters, once. A step whose writing was cut short is not
+a step: orbax writes to a temporary folder and renames it. With every step lie the checksums of
+its arrays, so that one which was damaged later is known, named and passed over.
+"""
+
+from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint
+from spo_jax.checkpoints.frozen import REFERENCE, load_reference, save_reference
+from spo_jax.checkpoints.reading import CheckpointReader
+from spo_jax.checkpoints.writing import Checkpoints, tree_bytes
+
+__all__ = [
+    "REFERENCE",
+    "CheckpointError",
+    "CheckpointReader",
+    "Checkpoints",
+    "DamagedCheckpoint",
+    "load_reference",
+    "save_reference",
+    "tree_bytes",
+]

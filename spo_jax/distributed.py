@@ -1,0 +1,185 @@
+"""Several processes as one run: how they find each other, decide together and stop together.
+
+Every process runs the same program. What only one may do (write a file, look into a folder
+that another one changes) the first process does for all; what each sees for itself (a signal,
+a failed read) is put to the vote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Value = TypeVar("Value")
+
+ENVIRONMENT = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+"""What explicit flags stand for, when they are not given."""
+
+
+class DistributedError(RuntimeError):
+    """Processes that do not find each other, or do not see the same; the message names the mend."""
+
+
+class FirstProcessError(RuntimeError):
+    """What went wrong in the first process, in the others."""
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the processes of this run; before anything else touches a device.
+
+    Without arguments jax finds out by itself on TPU pods, SLURM, Open MPI and Kubernetes.
+    ``coordinator`` is ``HOST:PORT`` of process 0, which all others reach; the environment
+    (``ENVIRONMENT``) stands in for what is not given.
+
+    Raises:
+        DistributedError: no cluster to be found, or an incomplete or impossible description.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    for name, variable in ENVIRONMENT.items():
+        if given[name] is None and variable in os.environ:
+            given[name] = _read(variable, os.environ[variable], name)
+    _check(given)
+    # jax's own handler would swallow SIGTERM; the loop stops by a vote of its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            given["coordinator"], given["num_processes"], given["process_id"]
+        )
+    except (ValueError, TypeError) as error:
+        raise DistributedError(
+            f"no cluster was found ({error}). On TPU pods, SLURM, Open MPI and Kubernetes (with "
+            "jax[k8s]) nothing more is needed; elsewhere say in every process --coordinator "
+            "HOST:PORT --num-processes N --process-id I, or set "
+            f"{', '.join(ENVIRONMENT.values())}"
+        ) from error
+    except RuntimeError as error:
+        where = given["coordinator"] or "the coordinator"
+        raise DistributedError(
+            f"process {given['process_id']} did not reach {where}: {str(error).splitlines()[0]}. "
+            "Is process 0 running, and its port open to this host?"
+        ) from error
+
+
+def _read(variable: str, text: str, name: str) -> str | int:
+    if name == "coordinator":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise DistributedError(f"{variable}={text!r}: expected a whole number") from None
+
+
+def _check(given: dict[str, Any]) -> None:
+    address, count, number = given.values()
+    missing = [name for name, value in given.items() if value is None]
+    if address is not None and (":" not in address or not address.rsplit(":", 1)[1].isdigit()):
+        raise DistributedError(f"coordinator {address!r}: expected HOST:PORT")
+    if 0 < len(missing) < 3 and address is None:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise DistributedError(f"several processes are described without {flags}: give all three")
+    if count is not None and number is not None and not 0 <= number < count:
+        raise DistributedError(f"process_id={number} of num_processes={count}: expected 0 to N - 1")
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes logs and files."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """A line of news, from one process of a run."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def by_first(make: Callable[[], Value]) -> Value:
+    """What ``make()`` gives in the first process, to all of them; the others wait.
+
+    ``make`` returns JSON values. An error of it is raised in every process: the error itself
+    in the first one, ``FirstProcessError`` with its text in the others.
+    """
+    if jax.process_count() == 1:
+        return make()
+    error, answer = None, {"value": None}
+    if is_first():
+        try:
+            answer["value"] = make()
+        except Exception as raised:
+            error = raised
+            answer = {"error": f"{raised}"}
+    answer = _broadcast(answer)
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise FirstProcessError(answer["error"])
+    return answer["value"]
+
+
+def _broadcast(value: Any) -> Any:
+    """A JSON value of the first process, in two rounds: its length, then its bytes."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    room = max(64, 1 << (length - 1).bit_length())  # few shapes, each compiled once
+    padded = np.zeros(room, np.uint8)
+    padded[: min(data.size, room)] = data[:room]
+    found = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    return json.loads(found[:length].astype(np.uint8).tobytes())
+
+
+def wait_for_all(name: str) -> None:
+    """Go on when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gathered(values: Any) -> np.ndarray:
+    """``values`` (numbers, of one shape everywhere) of all processes, one after the other."""
+    values = np.asarray(values)
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
+
+
+def everywhere(array: jax.Array) -> np.ndarray:
+    """The whole of a global array, in every process."""
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+class Vote:
+    """The largest of the numbers that the processes put in, known to all of them alike.
+
+    The count is a tiny program on the devices of ``mesh``: asked for behind a training step, it
+    costs no wait, since its result is read when that step's metrics are.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._several = jax.process_count() > 1
+        self._mesh = mesh
+        self._cut = NamedSharding(mesh, P(mesh.axis_names))
+        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+
+    def ask(self, value: int) -> Any:
+        """A number from this process; ``int()`` of what is returned is the result."""
+        if not self._several:
+            return value
+        own = np.full(len(self._mesh.local_devices), value, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(self._cut, own))

@@ -1,0 +1,111 @@
+"""The folder of a run: one run at a time, and the same folder for every process."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+import jax
+
+from spo_jax.atomic import replace_text
+from spo_jax.distributed import DistributedError, by_first, gathered, say
+
+LOCK_FILE = ".lock"
+OWNER_FILE = ".owner.json"
+_TOKEN_FILE = ".processes"
+_PATIENCE = 60.0
+"""Seconds that a shared file system may take to show a file to another host."""
+
+
+class RunLocked(RuntimeError):
+    """Another run goes on in the folder."""
+
+
+class RunLock:
+    """Held while a run goes on in ``folder``; the first process holds it for all.
+
+    A lock of the operating system: it is gone with its process, however that ends, so nothing has
+    to be cleaned up after a crash. On file systems without locks between hosts (a bucket mounted
+    by gcsfuse) it keeps out runs of the same host only.
+
+    Raises:
+        RunLocked: a second run in the same folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._lock = filelock.FileLock(self.folder / LOCK_FILE, blocking=False)
+
+    def __enter__(self) -> RunLock:
+        by_first(self._take)
+        return self
+
+    def _take(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except NotImplementedError:
+            say(f"{self.folder} is on a file system without locks: see that no second run uses it")
+        except filelock.Timeout:
+            raise RunLocked(
+                f"a run goes on in {self.folder} already{self._owner()}: wait for it, stop it, or "
+                "choose another folder with --output-dir"
+            ) from None
+        now = datetime.datetime.now().isoformat(" ", "seconds")
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+        replace_text(self.folder / OWNER_FILE, json.dumps(owner))
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.folder / OWNER_FILE).read_text())
+            return f" (process {owner['process']} on {owner['host']}, since {owner['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # No waiting for the others here: they may be what failed.
+        self._lock.release()
+
+
+def check_shared(folder: Path, *, patience: float = _PATIENCE) -> None:
+    """Raise where ``folder`` is not the same one for all processes.
+
+    Raises:
+        DistributedError: in every process, with the processes that see another folder.
+    """
+    if jax.process_count() == 1:
+        return
+    file = Path(folder) / _TOKEN_FILE
+
+    def write() -> str:
+        token = f"{time.time_ns()}"
+        replace_text(file, token)
+        return token
+
+    token, seen = by_first(write), False
+    end = time.monotonic() + patience
+    while not seen and time.monotonic() < end:
+        try:
+            seen = file.read_text() == token
+        except OSError:
+            seen = False
+        if not seen:
+            time.sleep(0.2)
+    blind = [i for i, found in enumerate(gathered([seen])) if not found]
+    if blind:
+        raise DistributedError(
+            f"output_dir={folder} is not one folder for all: processes "
+            f"{', '.join(map(str, blind))} do not see what process 0 writes there. Name a folder "
+            "on a file system that every host mounts"
+        )

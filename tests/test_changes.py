@@ -1,0 +1,62 @@
+"""A run resumed with other settings: said, or refused."""
+
+import pytest
+
+from spo_jax.changes import BINDING, ChangedConfig, check_changes
+from spo_jax.config import Config
+from spo_jax.config_io import config_from_tree, config_to_dict, override
+
+TREE = {
+    "model": {"path": "a/model", "tokenizer": "a/tokenizer"},
+    "outer": {"name": "adamw", "learning_rate": 1e-4, "options": {"b1": 0.9}},
+    "loss": {"name": "dpo", "beta": 0.1},
+    "train": {"steps": 10},
+}
+
+
+def check(changes, **options):
+    saved = config_to_dict(config_from_tree(TREE))
+    return check_changes(config_from_tree(override(TREE, changes)), saved, run="RUN", **options)
+
+
+def test_nothing_changed():
+    assert check({}) is None
+    assert check({"output_dir": "elsewhere"}) is None
+
+
+def test_what_a_state_survives_is_said():
+    said = check({"train.steps": 20, "outer.learning_rate": 2e-4, "mesh.fsdp": 4, "loss.beta": 0.2})
+    for part in (
+        "train.steps: 10 -> 20", "outer.learning_rate: 0.0001 -> 0.0002", "mesh.fsdp: 1 -> 4",
+        "loss.beta: 0.1 -> 0.2",
+    ):  # fmt: skip
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("model.path", "b/model", "model.path: a/model -> b/model"),
+        ("model.tokenizer", "b", "model.tokenizer: a/tokenizer -> b"),
+        ("model.param_dtype", "bfloat16", "model.param_dtype: float32 -> bfloat16"),
+        ("outer.name", "lion", "outer.name: adamw -> lion"),
+        ("outer.options", {"b1": 0.5}, "outer.options.b1: 0.9 -> 0.5"),
+        ("solver", {"name": "primal_dual"}, "solver.name: penalty -> primal_dual"),
+        ("loss", {"name": "simpo", "beta": 2.0}, "loss.name: dpo -> simpo"),
+        ("reference.path", "b", "reference.path: None -> b"),
+    ],
+)
+def test_what_would_corrupt_is_refused_unless_told_otherwise(key, value, shown):
+    with pytest.raises(ChangedConfig) as caught:
+        check({key: value, "train.steps": 20})
+    for part in ("RUN cannot be resumed", shown, "--allow-changes"):
+        assert part in str(caught.value)
+    assert "train.steps" not in str(caught.value)
+    assert shown in check({key: value}, allow=True)
+
+
+def test_every_binding_key_is_one_of_the_configuration():
+    tree = config_to_dict(Config())
+    for key in BINDING:
+        section, name = key.split(".")
+        assert name in tree[section], key

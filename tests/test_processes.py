@@ -1,0 +1,91 @@
+"""Two and four real processes on loopback: the numbers of one, whatever stops and starts again."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from tests.runs import (
+    finish,
+    metrics_of,
+    start,
+    start_several,
+    steps_of,
+    wait_for_step,
+    write_config,
+)
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 400
+SETTINGS = {
+    "stages": ["sft", "preference"],
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "sft": {"steps": 3, "batch_size": 8},
+    "train": {"steps": 12, "eval_every": 4, "gradient_accumulation": 2, "save_every": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A configuration, and what one process makes of it."""
+    folder = tmp_path_factory.mktemp("processes")
+    sft = {"train": str(folder / "pairs.jsonl"), "eval_fraction": 0.25}
+    sizes = {"prompt_buckets": [4], "completion_buckets": [4]}
+    config = write_config(folder, **SETTINGS, sft_data={**sft, **sizes})
+    cache = folder / "compiled"
+    run = start(config, folder / "alone", log=folder / "alone.log", cache=cache)
+    assert finish([run], PATIENCE) == [0], (folder / "alone.log").read_text()
+    return folder, config, cache
+
+
+def assert_same_metrics(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert set(one) == set(other)
+        for key, value in other.items():
+            np.testing.assert_allclose(one[key], value, rtol=2e-3, atol=2e-4, err_msg=key)
+
+
+def logs_of(folder, name):
+    return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(folder.glob(f"{name}.*.log")))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
+def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone, before, after):
+    folder, config, cache = alone
+    name = f"{before}_then_{after}"
+    run, options = folder / name, {"log": folder / name, "cache": cache}
+    processes = start_several(config, run, before, **options)
+    wait_for_step(run / "preference", 5, processes[0], PATIENCE)
+    # Any of them may be the one that is told.
+    processes[-1].send_signal(signal.SIGTERM)
+    statuses = finish(processes, PATIENCE)
+    assert statuses == [128 + signal.SIGTERM] * before, logs_of(folder, name)
+    (step,) = {line["step"] for line in metrics_of(run / "preference")[-1:]}
+    assert 5 <= step < 12
+    assert steps_of(run / "preference")[-1] == step
+
+    if after == 1:
+        processes = [start(config, run, "--resume", log=folder / f"{name}.0.log", cache=cache)]
+    else:
+        processes = start_several(config, run, after, "--resume", **options)
+    assert finish(processes, PATIENCE) == [0] * after, logs_of(folder, name)
+    for stage in ("sft", "preference"):
+        expected = metrics_of(folder / "alone" / stage)
+        assert len(expected) > 3
+        assert_same_metrics(metrics_of(run / stage), expected)
+    assert f"going on from step {step} of 12" in logs_of(folder, name)
+
+
+def test_what_only_one_process_lacks_ends_all_of_them(alone):
+    """Its error names it, and the others do not wait for ever."""
+    folder, config, cache = alone
+    missing = {1: ["--data.train", str(folder / "nowhere.jsonl")]}
+    options = {"log": folder / "broken", "cache": cache, "own": missing}
+    statuses = finish(start_several(config, folder / "broken", 2, **options), PATIENCE)
+    logs = logs_of(folder, "broken")
+    assert statuses[1] == 2, logs
+    assert statuses[0] not in (0, -signal.SIGKILL), logs
+    assert "spo-jax: error (process 1 of 2)" in logs
+    assert "nowhere.jsonl" in logs

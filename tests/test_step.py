@@ -1,0 +1,79 @@
+"""An update that is not finite is not applied: whatever the solver, nothing of it stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spo_jax.solvers import SOLVERS
+from spo_jax.types import BilevelBatch
+from tests.test_solvers_on_models import KEY, PARAMS, batch_of, make_step
+
+
+def poisoned(batch, level):
+    """One scored token is in no vocabulary: its log-prob is not a number, as from a broken row."""
+    part = getattr(batch, level)
+    broken = jnp.asarray(part.completion_tokens).at[1, 0, 0].set(10**6)
+    return batch._replace(**{level: part._replace(completion_tokens=broken)})
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_broken_row_changes_nothing_but_the_count(name, micro_batches):
+    """Parameters, both optimizers, multipliers and statistics stay, bit for bit."""
+    inner_data = "chosen" if name == "preference_only" else "sft"
+    init, step = make_step(
+        name, "alphadpo", inner_data, micro_batches=micro_batches, inner_value="reference"
+    )
+    step, good = jax.jit(step), batch_of(inner_data)
+    assert good.preference.completion_mask[1, 0, 0]
+    state, metrics = step(init(PARAMS, KEY), good)
+    assert not metrics["skipped"]
+    moved = jax.tree.map(lambda a, b: np.any(a != b), state.solver.params, PARAMS)
+    assert all(jax.tree.leaves(moved))
+    level = "sft" if name == "inner_only" else "preference"
+    after, metrics = step(state, poisoned(good, level))
+    assert metrics["skipped"]
+    same((after.solver, after.objective), (state.solver, state.objective))
+    assert int(after.step) == int(state.step) + 1
+    assert np.any(after.key != state.key)
+    # And the next good batch is an update like any other.
+    again, metrics = step(after, good)
+    assert not metrics["skipped"]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(again))
+    expected, _ = step(state._replace(step=after.step, key=after.key), good)
+    same(again, expected)
+
+
+def test_infinite_parameters_after_an_inner_step_are_not_kept():
+    """The inner step of an alternating update overflows; its outer gradient tells."""
+    import optax
+
+    from spo_jax.losses import make_preference_loss
+    from spo_jax.objectives import make_objective
+    from spo_jax.solvers import make_alternating
+    from spo_jax.step import init_state, make_train_step
+    from tests.test_solvers_on_models import MODEL
+    from tests.tiny import tiny_logprobs
+
+    objective = make_objective(tiny_logprobs(MODEL), make_preference_loss("dpo", beta=0.5))
+    solver = make_alternating(outer=optax.sgd(1e-3), inner=optax.sgd(1e38), inner_steps=3)
+    step = jax.jit(make_train_step(objective, solver, schedule=optax.constant_schedule(1.0)))
+    state = init_state(solver, objective, PARAMS, KEY)
+    after, metrics = step(state, batch_of("chosen"))
+    assert metrics["skipped"]
+    same(after.solver, state.solver)
+
+
+def test_tokens_are_those_of_both_levels():
+    init, step = make_step("penalty", "dpo", "sft")
+    batch = batch_of("sft")
+    _, metrics = jax.jit(step)(init(PARAMS, KEY), batch)
+    masks = [m for part in batch for m in (part.prompt_mask, part.completion_mask)]
+    assert int(metrics["tokens"]) == sum(int(m.sum()) for m in masks)
+    assert isinstance(batch, BilevelBatch)
