@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from spo_jax.cli import generation, make_pairs, models, reports, study, training
+from spo_jax.cli import generation, make_pairs, models, planning, reports, study, training
 
 _DESCRIPTION = """\
 Align a language model on preference pairs with Stable Preference Optimization (SPO).
 
   spo-jax train configs/quickstart.yaml        the whole way on built-in data, offline
   spo-jax train CONFIG --resume                go on where a run stopped
+  spo-jax plan CONFIG --topology v5e:4x4       memory, collectives and time on a machine that is
+                                               not there
   spo-jax export RUN OUT                       a folder that transformers loads
   spo-jax evaluate RUN_OR_MODEL --data FILE    held-out log-probs and margins
   spo-jax generate RUN_OR_MODEL --data FILE --out OUTPUTS.json
@@ -30,7 +33,7 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax study CONFIG                         methods with and without SPO over seeds
 """
 
-_COMMANDS = (training, models, generation, make_pairs, study, reports)
+_COMMANDS = (training, planning, models, generation, make_pairs, study, reports)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,6 +52,27 @@ def _is_ours(error: BaseException) -> bool:
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
+def _fail(error: BaseException) -> int:
+    """Say what went wrong; of several processes, one that fails alone waits for no other."""
+    number, count = _process()
+    where = f" (process {number} of {count})" if count > 1 else ""
+    print(f"spo-jax: error{where}: {error}", file=sys.stderr, flush=True)
+    if count > 1:
+        # The orderly exit would wait for all; the others learn of it as soon as this one is gone.
+        sys.stdout.flush()
+        os._exit(2)
+    return 2
+
+
+def _process() -> tuple[int, int]:
+    """This process's number and how many there are, without starting a backend for it."""
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return 0, 1
+    return jax.process_index(), jax.process_count()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status: 0 done, 2 wrong input, 128 + signal when stopped."""
     parser = make_parser()
@@ -64,5 +88,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if not _is_ours(error):
             raise
-        print(f"spo-jax: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)

@@ -1,0 +1,99 @@
+"""From counts to an estimate of time: the model's arithmetic, and a roofline with its terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from spo_jax.models import DecoderConfig, Model
+from spo_jax.plan.machines import Chip
+from spo_jax.plan.step import Rows
+
+EFFICIENCY = {"compute": 0.5, "memory": 0.8, "interconnect": 0.8}
+"""Shares of the peaks that are assumed to be reached; measured runs of decoders reach 0.4 to 0.6
+of the compute peak where nothing else limits them."""
+
+
+class Estimate(NamedTuple):
+    """Seconds of one update, by what limits it; an estimate, nothing was run.
+
+    ``overlapped`` is the largest of the three, ``serial`` their sum: the truth lies between if
+    the assumed efficiencies hold.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def overlapped(self) -> float:
+        """Everything is hidden behind what takes longest."""
+        return max(self)
+
+    @property
+    def serial(self) -> float:
+        """Nothing is hidden."""
+        return sum(self)
+
+
+def roofline(
+    *, flops: int, traffic: int, sent: int, chip: Chip, efficiency: dict[str, float] = EFFICIENCY
+) -> Estimate:
+    """Seconds for what one device computes, moves through its memory and sends over its links."""
+    return Estimate(
+        compute=flops / (chip.flops / chip.devices * efficiency["compute"]),
+        memory=traffic / (chip.bandwidth / chip.devices * efficiency["memory"]),
+        interconnect=sent / (chip.axis_bandwidth * efficiency["interconnect"]),
+    )
+
+
+def model_flops(model: Model, rows: Sequence[Rows], *, reference_rows: Sequence[Rows] = ()) -> int:
+    """Operations that an update needs at least: one forward and one backward pass of its rows.
+
+    ``6 N T`` with the tokens that each part sees (layers: a prompt once; output head: completions
+    only), and attention over the causal half, ``12 L H d`` for each pair of tokens that meet.
+    ``reference_rows`` take a forward pass alone. Recomputation, and further passes of a solver,
+    are not in it.
+    """
+    forward = [_forward(model, part) for part in rows]
+    return 3 * sum(forward) + sum(_forward(model, part) for part in reference_rows)
+
+
+def _forward(model: Model, rows: Rows) -> int:
+    config = model.config
+    scored = rows.count * rows.branches * rows.completion
+    head = 2 * config.hidden_size * config.vocab_size * scored
+    pairs = sum(_pairs(rows.prompt + rows.completion, w) for w in _windows(config))
+    attention = 4 * config.num_heads * config.head_dim * rows.count * rows.branches * pairs
+    return 2 * _kernels(model) * rows.tokens + head + attention
+
+
+def _kernels(model: Model) -> int:
+    """Numbers in the layers' matrices: what every token is multiplied with."""
+    layers: Any = model.abstract_params()["layers"]
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
+        if path[-1].key == "kernel"
+    )
+
+
+def _windows(config: DecoderConfig) -> list[int | None]:
+    if config.layer_windows is not None:
+        return [int(w) for w in config.layer_windows]
+    return [config.shared_window] * config.num_layers
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Pairs of a query and a key it may see, in a causal sequence."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def count_parameters(model: Model) -> int:
+    """Numbers in the model's parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params()))
