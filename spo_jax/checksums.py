@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
@@ -44,6 +45,11 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, "N 2"]:
     return jnp.stack([checksum(x) for x in leaves])
 
 
+@functools.cache
+def _whole_checksums(mesh: Mesh) -> Any:
+    return jax.jit(_checksums.__wrapped__, out_shardings=NamedSharding(mesh, P()))
+
+
 def path_name(path: Any) -> str:
     """A leaf's path as names between slashes, whether its containers are tuples or mappings."""
     return "/".join(
@@ -66,10 +72,8 @@ def _sums(tree: Any) -> np.ndarray:
     meshes = [
         x.sharding.mesh for x in leaves if isinstance(x, jax.Array) and not x.is_fully_addressable
     ]
-    compute = _checksums
-    if meshes:  # the result has to be whole in every process
-        whole = NamedSharding(meshes[0], P())
-        compute = jax.jit(_checksums.__wrapped__, out_shardings=whole)
+    # Over several processes the result has to be whole in each.
+    compute = _whole_checksums(meshes[0]) if meshes else _checksums
     return np.asarray(jax.device_get(compute(leaves)))
 
 

@@ -88,7 +88,8 @@ class Trainer(Assembly):
             unchanged=unchanged,
         )
         for leaf in unsharded(start.params, self.mesh):
-            say(f"WARNING {leaf.path} {list(leaf.shape)} is whole on every device: {leaf.note}")
+            size = f"{leaf.bytes_per_device / 2**20:.0f} MiB a device"
+            say(f"WARNING {leaf.path} {list(leaf.shape)} takes {size}: {leaf.note}")
         self._exam = make_exam(self.config, start.tokenizer)
         return start
 
