@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from spo_jax.config import DynamicsConfig
 from spo_jax.data.pipeline import process_slice
-from spo_jax.distributed import by_first
+from spo_jax.distributed import by_first, everywhere
 from spo_jax.dynamics import make_exact_law, make_head_law, make_mass, with_completions
 from spo_jax.generate import generate
 from spo_jax.losses import PreferenceLoss
@@ -107,7 +107,7 @@ class Probes:
         with jax.default_matmul_precision("highest"):
             values = self._values(params, updated, batch, state.objective.statistics)
         values = {name: np.asarray(x) for name, x in jax.device_get(values).items()}
-        rows = self._trimmed(jax.device_get(batch))
+        rows = self._trimmed(jax.tree.map(everywhere, batch))
         finite = {name: x[np.isfinite(x)] for name, x in values.items()}
         means = {name: float(np.mean(x)) for name, x in finite.items() if x.size}
         means |= _text_summary([row["sampled"] for row in rows])

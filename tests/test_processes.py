@@ -1,5 +1,6 @@
 """Two and four real processes on loopback: the numbers of one, whatever stops and starts again."""
 
+import json
 import signal
 
 import numpy as np
@@ -23,6 +24,7 @@ SETTINGS = {
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
     "sft": {"steps": 3, "batch_size": 8},
     "train": {"steps": 12, "eval_every": 4, "gradient_accumulation": 2, "save_every": 4},
+    "dynamics": {"every": 6, "pairs": 8, "max_new_tokens": 4, "samples": 0},
 }
 
 
@@ -45,6 +47,10 @@ def assert_same_metrics(found, expected):
         assert set(one) == set(other)
         for key, value in other.items():
             np.testing.assert_allclose(one[key], value, rtol=2e-3, atol=2e-4, err_msg=key)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "dynamics.jsonl").read_text().splitlines()]
 
 
 def logs_of(folder, name):
@@ -76,6 +82,14 @@ def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone, before,
         assert len(expected) > 3
         assert_same_metrics(metrics_of(run / stage), expected)
     assert f"going on from step {step} of 12" in logs_of(folder, name)
+    probed, expected = (lines_of(x / "preference") for x in (run, folder / "alone"))
+    assert [line["step"] for line in probed] == [0, 6, 12]
+    for line, other in zip(probed, expected, strict=True):
+        assert line["row_ids"] == other["row_ids"]
+        for key, value in other["summary"].items():
+            np.testing.assert_allclose(
+                line["summary"][key], value, rtol=2e-2, atol=1e-2, err_msg=key
+            )
 
 
 def test_what_only_one_process_lacks_ends_all_of_them(alone):
