@@ -75,7 +75,9 @@ def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone, before,
     if after == 1:
         processes = [start(config, run, "--resume", log=folder / f"{name}.0.log", cache=cache)]
     else:
-        processes = start_several(config, run, after, "--resume", **options)
+        # One host has a cache of its own, and nothing in it.
+        own = {after - 1: ["--reference.cache-dir", str(folder / "own_cache")]}
+        processes = start_several(config, run, after, "--resume", own=own, **options)
     assert finish(processes, PATIENCE) == [0] * after, logs_of(folder, name)
     for stage in ("sft", "preference"):
         expected = metrics_of(folder / "alone" / stage)

@@ -131,3 +131,39 @@ def test_what_an_alarm_says():
     assert text.startswith("WARNING displacement at step 3")
     for part in ("3.00 nats", "alarm at 2", "margin grew to 1.50", "solver.penalty_weight"):
         assert part in text
+
+
+def test_the_alarm_goes_on_from_its_averages():
+    """Stopped anywhere, it goes off at the same step as one that was not."""
+    falling = [
+        {"log_ratio/chosen": -0.2 * step, "log_ratio/margin": 0.1 * step} for step in range(40)
+    ]
+
+    def raised(alarm, steps):
+        return [step for step in steps if alarm.update(step, falling[step])]
+
+    (at,) = raised(DisplacementAlarm(-2.0), range(40))
+    for stop in (0, 3, at, at + 1, 39):
+        first, second = DisplacementAlarm(-2.0), DisplacementAlarm(-2.0)
+        found = raised(first, range(stop))
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        assert found + raised(second, range(stop, 40)) == [at]
+
+
+def test_skipped_updates_done_again_are_written_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    assert not writer.skipped_file.exists()
+    for step in (2, 5):
+        writer.write(step, {"eval/loss": 1.0})
+        writer.write_skipped(step, {"records": {}})
+    writer.close()
+    again = MetricsWriter(tmp_path, first_step=4)
+    assert again.evaluated == {2}
+    again.write_skipped(6, {"records": {}})
+    again.close()
+    lines = [json.loads(line) for line in again.skipped_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 6]
+    silent = MetricsWriter(tmp_path / "other", active=False)
+    silent.write_skipped(1, {})
+    silent.close()
+    assert not (tmp_path / "other").exists()

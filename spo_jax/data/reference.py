@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from spo_jax.distributed import gathered
+
 
 def default_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/spo_jax``, or ``~/.cache/spo_jax``."""
@@ -57,19 +59,28 @@ def precompute(
     return found
 
 
+def _load(path: Path) -> Float[np.ndarray, "N n"] | None:
+    if not path.exists():
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        print(f"{path} is damaged and is computed anew", file=sys.stderr)
+        return None
+
+
 def load_or_precompute(
     cache_dir: Path, key: str, compute: Callable[[], Float[np.ndarray, "N n"]], *, write: bool
 ) -> tuple[Float[np.ndarray, "N n"], bool]:
     """The cached log-probs under ``key``, or computed and kept; and whether they were cached.
 
-    A cache that cannot be written costs the next start its time, not this run.
+    A cache that cannot be written costs the next start its time, not this run. Several
+    processes compute together, as soon as one of them has none.
     """
     path = cache_dir / "reference_logprobs" / f"{key}.npy"
-    if path.exists():
-        try:
-            return np.load(path, allow_pickle=False), True
-        except (OSError, ValueError, EOFError):
-            print(f"{path} is damaged and is computed anew", file=sys.stderr)
+    found = _load(path)
+    if gathered([found is not None]).all():
+        return found, True
     values = compute()
     if write:
         temporary = path.with_name(f".{key}.{os.getpid()}.npy")
