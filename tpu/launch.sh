@@ -1,35 +1,25 @@
 #!/usr/bin/env bash
-# Start `spo-jax train CONFIG` on every worker of a slice, in the background.
+# Start `spo-jax train CONFIG --distributed` on every worker of a slice, in the background.
 #
-#   PROJECT=... ZONE=... NAME=... tpu/launch.sh configs/quickstart.yaml [--KEY VALUE ...]
-set -euo pipefail
+#   PROJECT=... ZONE=... NAME=... tpu/launch.sh CONFIG [--KEY VALUE ...]
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-: "${PROJECT:?set PROJECT to the Google Cloud project}"
-: "${ZONE:?set ZONE to the zone of the slice}"
-: "${NAME:?set NAME to the name given to tpu/create.sh}"
-CONFIG=${1:?name a configuration: tpu/launch.sh CONFIG [--KEY VALUE ...]}
+[[ -n ${1:-} && ${1:-} != -* ]] || die "name a configuration: $(basename "$0") CONFIG [--KEY VALUE ...]"
+CONFIG=$1
 shift
-SHARED=${SHARED:-/mnt/shared}
+slice_arguments
 OUTPUT_DIR=${OUTPUT_DIR:-$SHARED/runs/$(basename "$CONFIG" .yaml)}
-
-if [[ $OUTPUT_DIR == gs://* ]]; then
-  echo "OUTPUT_DIR=$OUTPUT_DIR: name a folder under the mounted bucket, such as $SHARED/runs/x" >&2
-  exit 1
-fi
-
 # Checkpoints and the cache of reference log-probs have to be the same files for every worker.
-command=(train "$CONFIG" --output-dir "$OUTPUT_DIR" "$@")
-quoted=$(printf ' %q' "${command[@]}")
-gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker=all --command="
-  set -e
-  if [ -e ~/spo-jax.pid ] && kill -0 \"\$(cat ~/spo-jax.pid)\" 2>/dev/null; then
-    echo \"a run is going on here already: stop it first (see tpu/README.md)\" >&2
-    exit 1
-  fi
-  mountpoint -q '$SHARED' || { echo '$SHARED is not mounted: run tpu/create.sh again' >&2; exit 1; }
-  cd ~/spo-jax
-  HF_HOME=~/.cache/huggingface XDG_CACHE_HOME='$SHARED/cache' nohup ~/spo-venv/bin/spo-jax$quoted >~/spo-jax.log 2>&1 </dev/null &
-  echo \$! >~/spo-jax.pid"
-echo "started; watch it with:"
-echo "  gcloud compute tpus tpu-vm ssh $NAME --project=$PROJECT --zone=$ZONE --worker=0 \\"
-echo "    --command='tail -n 50 -f ~/spo-jax.log'"
+[[ $OUTPUT_DIR == "$SHARED"/* ]] ||
+  die "OUTPUT_DIR=$OUTPUT_DIR: name a folder that every worker sees, under $SHARED"
+for word in "$@"; do
+  [[ $word != --output[-_]dir* ]] || die "$word: set OUTPUT_DIR=FOLDER instead"
+done
+
+here=$(quoted env "SHARED=$SHARED")
+command=$(quoted train "$CONFIG" --distributed --output-dir "$OUTPUT_DIR" "$@")
+# First on all: a run that starts on some workers only would wait for the others until it times out.
+on_workers all "$here $WORKER_SH ready $(quoted "$CONFIG")"
+on_workers all "$here $WORKER_SH start $command"
+say "started in $OUTPUT_DIR. Follow it: tpu/logs.sh; end it: tpu/stop.sh"
