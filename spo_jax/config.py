@@ -39,8 +39,8 @@ class ModelConfig:
     tokenizer: str | None = _key(None, "tokenizer folder or hub name, when not that of path")
     param_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "stored weights")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "matrix products")
-    remat: str = _key(
-        "none", "what the backward pass recomputes: none | full | dots | dots_no_batch"
+    remat: Literal["none", "full", "dots", "dots_no_batch"] = _key(
+        "none", "what the backward pass recomputes"
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = _key("auto", "attention kernel")
     logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once, per data shard")

@@ -33,6 +33,17 @@ class BadRow(Exception):
         self.reason, self.detail, self.mend = reason, detail, mend
 
 
+def shown(words: Any, *, most: int = 12) -> str:
+    """Names out of the data for an error: on one line, each cut, the first ``most`` of them.
+
+    A name can be anything: of many characters, of several lines, half of a surrogate pair.
+    """
+    names = [str(word) for word in words]
+    cut = [name if len(name) <= 60 else f"{name[:57]}..." for name in names[:most]]
+    text = ", ".join(name if name.isprintable() and name else repr(name) for name in cut)
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class ChatFormat(NamedTuple):
     """How a dialogue is written as text, and the text that closes a turn (or ``None``)."""
 
@@ -63,7 +74,8 @@ def make_chat_format(tokenizer: Any, *, template: str | None = None) -> ChatForm
                 add_generation_prompt=add_generation_prompt,
             )
         except TemplateError as error:
-            raise BadRow("refused by the chat template", str(error)) from error
+            reason = " ".join(str(error).split())
+            raise BadRow("refused by the chat template", shown([reason])) from error
 
     return ChatFormat(render, tokenizer.eos_token)
 
@@ -105,12 +117,13 @@ def read_message(value: Any, place: str, field: str) -> dict[str, str]:
         raise BadRow(f"wrong type in '{field}'", f"{place} is {_kind(value)}, expected a message")
     role_key, content_key = ("role", "content") if "role" in value else ("from", "value")
     if role_key not in value or content_key not in value:
-        found = ", ".join(map(str, value)) or "nothing"
+        found = shown(value) or "nothing"
         detail = f"{place} has {found}; expected role and content, or from and value"
         raise BadRow(f"missing key in '{field}'", detail)
     role, content = value[role_key], value[content_key]
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRow(f"unknown role in '{field}'", f"{place}: {role!r}; known: {', '.join(ROLES)}")
+        detail = f"{place}: {shown([role])}; known: {', '.join(ROLES)}"
+        raise BadRow(f"unknown role in '{field}'", detail)
     if not isinstance(content, str):
         detail = f"the content of {place} is {_kind(content)}, expected a string"
         raise BadRow(f"wrong type in '{field}'", detail)

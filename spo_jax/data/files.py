@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def _json_records(path: Path) -> Iterator[Record]:
                 yield from _array_records(path, stream)
             else:
                 yield from _line_records(path, stream)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file: {error}") from error
 
 
@@ -179,6 +180,8 @@ def _array_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
         values = json.loads(stream.read().decode("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not a whole JSON array: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: not a JSON array of rows: nested too deeply") from None
     for row, value in enumerate(values, start=1):
         yield _json_record(path, row, value)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spo_jax.data.chat import BadRow, ChatFormat
+from spo_jax.data.chat import BadRow, ChatFormat, shown
 from spo_jax.data.files import Record
 from spo_jax.data.layouts import LAYOUTS, Parse, TextRow, not_blank
 from spo_jax.types import SFTRow
@@ -83,6 +83,9 @@ def format_rows(
     """
     stream = iter(records)
     first = list(itertools.islice(stream, 16))
+    if not first:
+        name = getattr(records, "name", "the data set")
+        raise ValueError(f"{name}: no readable row: it is empty")
     layout = find_layout([r.fields for r in first if r.fields is not None], kind, first)
     parse = LAYOUTS[kind][layout][1]
     stream = itertools.chain(first, stream)
@@ -155,11 +158,13 @@ def find_layout(
             return name
     file = first[0].file if first else "the data set"
     if not columns:
-        why = f" ({first[0].reason}: {first[0].detail})" if first else ""
+        bad = next((record for record in first if record.fields is None), None)
+        empty = "their objects have no fields" if first else "it is empty"
+        why = f" ({bad.reason}: {bad.detail})" if bad else f": {empty}"
         raise ValueError(f"{file}: no readable row{why}")
     accepted = "; ".join(" + ".join(needed) for needed, _ in LAYOUTS[kind].values())
     raise ValueError(
-        f"{file}: columns {', '.join(sorted(columns))} are no known layout of {kind} rows; "
+        f"{file}: columns {shown(sorted(columns))} are no known layout of {kind} rows; "
         f"accepted: {accepted}. Rename the columns"
     )
 
@@ -176,14 +181,27 @@ def _parse_record(record: Record, parse: Parse, chat: ChatFormat) -> TextRow | B
 
 
 def _check_texts(row: TextRow) -> None:
+    _check_characters(row.prompt, "prompt")
     if isinstance(row, SFTRow):
+        for text, _ in row.pieces:
+            _check_characters(text, "completion")
         if not any(scored and text.strip() for text, scored in row.pieces):
             raise BadRow("empty completion")
         return
-    not_blank(row.chosen, "chosen")
-    not_blank(row.rejected, "rejected")
+    for text, name in ((row.chosen, "chosen"), (row.rejected, "rejected")):
+        not_blank(text, name)
+        _check_characters(text, name)
     if row.chosen.strip() == row.rejected.strip():
         raise BadRow("chosen equals rejected")
+
+
+def _check_characters(text: str, name: str) -> None:
+    # JSON can say "\ud800"; no tokenizer takes it, and none of them says where it stood.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"character {error.start + 1}, {text[error.start]!a}"
+        raise BadRow(f"half a surrogate pair in '{name}'", where) from None
 
 
 def _row_error(
