@@ -33,6 +33,12 @@ class DistributedError(RuntimeError):
     """Processes that do not find each other, or do not see the same; the message names the mend."""
 
 
+class Unreached(DistributedError):
+    """The other processes did not come in time; another start may find them."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: schedulers may try again
+
+
 class FirstProcessError(RuntimeError):
     """What went wrong in the first process, in the others."""
 
@@ -48,6 +54,7 @@ def initialize(
 
     Raises:
         DistributedError: no cluster to be found, or an incomplete or impossible description.
+        Unreached: a cluster, and no answer from process 0.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     for name, variable in ENVIRONMENT.items():
@@ -69,7 +76,7 @@ def initialize(
         ) from error
     except RuntimeError as error:
         where = given["coordinator"] or "the coordinator"
-        raise DistributedError(
+        raise Unreached(
             f"process {given['process_id']} did not reach {where}: {str(error).splitlines()[0]}. "
             "Is process 0 running, and its port open to this host?"
         ) from error

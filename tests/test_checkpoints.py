@@ -305,7 +305,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)
     checkpoints.close()
-    torn = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    torn = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "1", torn)
     again = Checkpoints(tmp_path)
     assert again.steps() == [1]

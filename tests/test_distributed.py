@@ -83,10 +83,12 @@ def test_what_jax_says_comes_with_the_mend(monkeypatch, error, parts):
         raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
+    given = ("host:1", 2, 1) if isinstance(error, RuntimeError) else ()
     with pytest.raises(DistributedError) as caught:
-        initialize(*(("host:1", 2, 1) if isinstance(error, RuntimeError) else ()))
+        initialize(*given)
     for part in parts:
         assert part in str(caught.value)
+    assert getattr(caught.value, "exit_status", 2) == (75 if given else 2)
 
 
 def test_one_process_decides_alone():

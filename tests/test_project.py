@@ -234,7 +234,7 @@ def test_imports_go_one_way(path):
         ("losses", ("spo_jax.losses", "spo_jax.types")),
         ("logprobs", ("spo_jax.types", "spo_jax.constraints")),
         ("models", ("spo_jax.models", "spo_jax.types", "spo_jax.constraints")),
-        ("data", ("spo_jax.data", "spo_jax.types")),
+        ("data", ("spo_jax.data", "spo_jax.types", "spo_jax.distributed")),
         ("terms", ("spo_jax.losses", "spo_jax.logprobs", "spo_jax.types")),
         (
             "objectives",

@@ -57,11 +57,12 @@ def _fail(error: BaseException) -> int:
     number, count = _process()
     where = f" (process {number} of {count})" if count > 1 else ""
     print(f"spo-jax: error{where}: {error}", file=sys.stderr, flush=True)
+    status = getattr(error, "exit_status", 2)
     if count > 1:
         # The orderly exit would wait for all; the others learn of it as soon as this one is gone.
         sys.stdout.flush()
-        os._exit(2)
-    return 2
+        os._exit(status)
+    return status
 
 
 def _process() -> tuple[int, int]:
@@ -74,7 +75,10 @@ def _process() -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status: 0 done, 2 wrong input, 128 + signal when stopped."""
+    """Entry point; the exit status.
+
+    0 done, 2 wrong input, 75 what another start may mend, 128 + signal when stopped.
+    """
     parser = make_parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not getattr(options, "takes_keys", False):
