@@ -13,10 +13,14 @@ ROWS = ("data", "fsdp")
 """The axes that rows of a batch are cut over."""
 
 
+def axis_names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a ``PartitionSpec``."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
 def parts(axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     """Parts that a dimension cut over ``axes`` of ``mesh`` falls into."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in axis_names(axes))
 
 
 def platform(mesh: Mesh | None) -> str:

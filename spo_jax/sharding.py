@@ -27,8 +27,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spo_jax.constraints import ROWS, axis_names, parts
+
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(ROWS)
 """Rows are cut over both axes; fsdp is data parallelism that also cuts the parameters."""
 
 Rules = Sequence[tuple[str, P]]
@@ -102,7 +104,7 @@ def partition_spec(path: str, shape: Sequence[int], rules: Rules, mesh: Mesh) ->
     if len(spec) > len(shape):
         return P()
     fitted = (
-        axis if size % _parts(axis, mesh) == 0 else None
+        axis if size % parts(axis, mesh) == 0 else None
         for axis, size in zip(spec, shape, strict=False)
     )
     return P(*fitted)
@@ -113,11 +115,6 @@ def _rule(path: str, rules: Rules) -> P:
         if re.search(pattern, path):
             return spec
     raise ValueError(f"no sharding rule matches {path}: end the rules with ('', PartitionSpec())")
-
-
-def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
-    """Parts that one entry of a spec cuts its dimension into."""
-    return math.prod(mesh.shape[name] for name in _names(axis))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
@@ -173,7 +170,7 @@ def sharding_table(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> list[
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         key, shape = jax.tree_util.keystr(path), tuple(leaf.shape)
         spec = partition_spec(key, shape, rules, mesh)
-        cut = [axis for axis in spec if _parts(axis, mesh) > 1]
+        cut = [axis for axis in spec if parts(axis, mesh) > 1]
         whole = math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
         table.append(
             LeafSharding(
@@ -182,7 +179,7 @@ def sharding_table(tree: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> list[
                 dtype=str(leaf.dtype),
                 spec=f"({', '.join(_shown(axis, mesh) for axis in spec)})" if cut else "replicated",
                 bytes=whole,
-                bytes_per_device=whole // math.prod(_parts(axis, mesh) for axis in cut),
+                bytes_per_device=whole // math.prod(parts(axis, mesh) for axis in cut),
                 note=_uncut(shape, _rule(key, rules), mesh),
             )
         )
@@ -201,11 +198,7 @@ def unsharded(
 
 
 def _shown(axis: str | tuple[str, ...] | None, mesh: Mesh) -> str:
-    return "+".join(name for name in _names(axis) if mesh.shape[name] > 1) or "-"
-
-
-def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return "+".join(name for name in axis_names(axis) if mesh.shape[name] > 1) or "-"
 
 
 def _uncut(shape: tuple[int, ...], rule: P, mesh: Mesh) -> str:
@@ -217,10 +210,9 @@ def _uncut(shape: tuple[int, ...], rule: P, mesh: Mesh) -> str:
         return f"its rule is for {len(rule)} dimensions, the leaf has {len(shape)}"
     found = []
     for position, (axis, size) in enumerate(zip(rule, shape, strict=False)):
-        parts = _parts(axis, mesh)
-        names = _names(axis)
+        names = axis_names(axis)
         wanted = [name for name in wanted if name not in names]
-        if size % parts:
+        if size % parts(axis, mesh):
             sizes = ", ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
             found.append(f"dimension {position} of {size} does not divide over {sizes}")
     if wanted:

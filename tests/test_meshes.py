@@ -41,8 +41,9 @@ def two_updates(name, micro_batches, mesh, **execution):
 
 
 @functools.cache
-def on_one_device(name, micro_batches):
-    return two_updates(name, micro_batches, make_mesh(devices=jax.devices()[:1]))
+def on_one_device(name):
+    """Whole batches: accumulation must not change an update either."""
+    return two_updates(name, 1, make_mesh(devices=jax.devices()[:1]))
 
 
 def check_equal(found, expected):
@@ -61,7 +62,7 @@ def cases():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "micro_batches", "kind"), list(cases()))
 def test_a_mesh_takes_the_updates_of_one_device(name, micro_batches, kind):
-    expected = on_one_device(name, micro_batches)
+    expected = on_one_device(name)
     moved = jax.tree.map(np.subtract, expected[0].solver.params, tiny_params(MODEL))
     assert min(np.abs(x).max() for x in jax.tree.leaves(moved)) > 1e-3
     check_equal(two_updates(name, micro_batches, make_mesh(**MESHES[kind])), expected)
@@ -72,7 +73,7 @@ def test_a_mesh_takes_the_updates_of_one_device(name, micro_batches, kind):
 def test_heads_that_do_not_divide(attention):
     """Four query heads and two of keys over eight devices; the width of all heads divides."""
     mesh = make_mesh(data=1, tensor=8)
-    expected = on_one_device("preference_only", 1)
+    expected = on_one_device("preference_only")
     check_equal(two_updates("preference_only", 1, mesh, attention=attention), expected)
 
 
@@ -80,5 +81,5 @@ def test_heads_that_do_not_divide(attention):
 @pytest.mark.parametrize("kind", ["fsdp", "mixed"])
 def test_with_many_tokens_where_the_head_travels(monkeypatch, kind):
     monkeypatch.setattr(logprobs, "SPARE_TRAFFIC", 0)
-    expected = on_one_device("preference_only", 1)
+    expected = on_one_device("preference_only")
     check_equal(two_updates("preference_only", 1, make_mesh(**MESHES[kind])), expected)
