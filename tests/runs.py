@@ -66,12 +66,17 @@ def environment(devices=DEVICES, cache: Path | None = None) -> dict[str, str]:
     return found
 
 
-def start(config: Path, output: Path, *arguments: str, log: Path, **options) -> subprocess.Popen:
+def start(
+    config: Path, output: Path, *arguments: str, log: Path, variables=None, **options
+) -> subprocess.Popen:
     """``spo-jax train CONFIG`` in the background; what it says goes to the end of ``log``."""
     command = [sys.executable, "-m", "spo_jax", "train", str(config), "--output-dir", str(output)]
     with log.open("ab") as file:
         return subprocess.Popen(
-            [*command, *arguments], stdout=file, stderr=file, env=environment(**options)
+            [*command, *arguments],
+            stdout=file,
+            stderr=file,
+            env=environment(**options) | (variables or {}),
         )
 
 

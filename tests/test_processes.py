@@ -1,6 +1,7 @@
 """Two and four real processes on loopback: the numbers of one, whatever stops and starts again."""
 
 import json
+import os
 import signal
 
 import numpy as np
@@ -105,3 +106,30 @@ def test_what_only_one_process_lacks_ends_all_of_them(alone):
     assert statuses[0] not in (0, -signal.SIGKILL), logs
     assert "spo-jax: error (process 1 of 2)" in logs
     assert "nowhere.jsonl" in logs
+
+
+def test_the_variables_of_slurm_are_enough(alone):
+    """As srun sets them for two tasks of a step; nothing but --distributed is said."""
+    folder, config, cache = alone
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),  # the port is chosen by it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    processes = [
+        start(
+            config,
+            folder / "slurm",
+            "--distributed",
+            log=folder / f"slurm.{i}.log",
+            variables=step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            devices=4,
+            cache=cache,
+        )
+        for i in range(2)
+    ]
+    assert finish(processes, PATIENCE) == [0, 0], logs_of(folder, "slurm")
+    for stage in ("sft", "preference"):
+        expected = metrics_of(folder / "alone" / stage)
+        assert_same_metrics(metrics_of(folder / "slurm" / stage), expected)
