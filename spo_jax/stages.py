@@ -91,29 +91,26 @@ def run_stage(
     resume: bool,
     donate: bool,
     allow_changes: bool = False,
+    describe: Callable[[], None] = lambda: None,
 ) -> StageResult:
     """Train from the start, or with ``resume`` from the newest checkpoint, to the last step.
 
     ``evaluate(state, check=...)`` is as in ``Loop``. ``donate``: nobody looks at
     ``stage.start`` again, its buffers become the state's. With ``allow_changes`` other data than
-    those of the checkpoint begin with their first batch.
+    those of the checkpoint begin with their first batch. ``describe()`` writes down what the run
+    is, as soon as there is a state that it is true of.
     """
     name, folder, loop = stage.name, stage.folder, stage.loop
     step_fn = compile_step(stage)
     checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints, keep_every=loop.keep_every)
-    counters = Counters()
     alarm = None if name == "sft" else DisplacementAlarm(loop.alarm_log_ratio)
     if resume and checkpoints.latest_step() is not None:
-        state, position, run = checkpoints.restore(state_shapes(stage))
-        _go_to(batches, position, name, allow_changes)
-        counters = Counters(**run.get("counters", {}))
-        if alarm is not None and "alarm" in run:
-            alarm.set_state(run["alarm"])
-        say(f"{name}: going on from step {int(state.step)} of {stage.steps}")
+        state, counters = _go_on(stage, checkpoints, batches, alarm, allow_changes, donate)
     else:
-        init = partial(init_state, stage.solver, stage.objective)
+        init, counters = partial(init_state, stage.solver, stage.objective), Counters()
         start = stage.start.params
         state, _ = shard_state(init, stage.mesh, start, stage.key, donate=donate)
+    describe()
 
     active = is_first()
     done = int(state.step)
@@ -155,6 +152,27 @@ def run_stage(
     checkpoints.close()
     result = stage.start._replace(params=state.solver.params)
     return StageResult(result, dict(metrics), folder)
+
+
+def _go_on(
+    stage: Stage,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    alarm: DisplacementAlarm | None,
+    allow_changes: bool,
+    donate: bool,
+) -> tuple[TrainState, Counters]:
+    """The state and the counters of the newest checkpoint; batches and alarm go to it too."""
+    shapes = state_shapes(stage)
+    if donate:
+        # A model that leaves no room for a second one must be able to go on.
+        jax.tree.map(lambda x: x.delete(), stage.start.params)
+    state, position, run = checkpoints.restore(shapes)
+    _go_to(batches, position, stage.name, allow_changes)
+    if alarm is not None and "alarm" in run:
+        alarm.set_state(run["alarm"])
+    say(f"{stage.name}: going on from step {int(state.step)} of {stage.steps}")
+    return state, Counters(**run.get("counters", {}))
 
 
 def _go_to(batches: Batches, position: dict[str, Any], name: str, allow_changes: bool) -> None:

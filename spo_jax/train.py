@@ -121,12 +121,13 @@ class Trainer(Assembly):
 
     def _run_stage(self, stage: str, start: Policy) -> StageResult:
         folder = self.stage_folder(stage)
-        by_first(lambda: self._write_description(folder, start, stage))
+        by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
         if stage == "sft":
             return self._sft(folder, start)
         return self._preference(stage, folder, start)
 
-    def _write_description(self, folder: Path, start: Policy, stage: str) -> None:
+    def _describe(self, folder: Path, start: Policy, stage: str) -> None:
+        """Write what a run is: its settings, and config.json and tokenizer of its model."""
         model = folder / MODEL_FOLDER
         model.mkdir(parents=True, exist_ok=True)
         if model != start.folder:
@@ -178,6 +179,9 @@ class Trainer(Assembly):
             resume=self.resume,
             donate=donate,
             allow_changes=self.allow_changes,
+            describe=lambda: by_first(
+                lambda: self._describe(stage.folder, stage.start, stage.name)
+            ),
         )
 
     def _preference(self, name: str, folder: Path, start: Policy) -> StageResult:

@@ -322,3 +322,36 @@ def test_other_ways_to_train(small, capsys, extra):
     (line,) = [x for x in read_metrics(tmp_path / "out") if "lr" in x]
     assert np.isfinite(line["loss"])
     assert np.isfinite(line["gap"])
+
+
+def test_resuming_with_other_settings(small, capsys):
+    """What the state survives is said, what it does not is refused, and nothing is lost by it."""
+    arguments, model, tmp_path = small
+    assert main(arguments()) == 0
+    capsys.readouterr()
+    fails(
+        [*arguments(outer__name="lion"), "--resume"], capsys, "outer.name: adamw -> lion", "--allow"
+    )
+    fails([*arguments(solver__name="primal_dual"), "--resume"], capsys, "solver.name: penalty ->")
+    insisting = [*arguments(outer__name="sgd"), "--resume", "--allow-changes"]
+    fails(insisting, capsys, "checkpoint 1", "does not fit", "solver/outer")
+    fails([*arguments(), "--allow-changes"], capsys, "--allow-changes would be ignored")
+
+    assert main([*arguments(train__steps=2, outer__learning_rate=1e-5), "--resume"]) == 0
+    said = capsys.readouterr().err
+    assert "train.steps: 1 -> 2" in said
+    assert "outer.learning_rate: 1e-06 -> 1e-05" in said
+    assert "going on from step 1 of 2" in said
+
+    other = write(tmp_path / "other.jsonl", PAIRS[::-1])
+    resumed = [*arguments(train__steps=3, data__train=other), "--resume"]
+    fails(resumed, capsys, "another order of batches", "--allow-changes")
+    assert main([*resumed, "--allow-changes"]) == 0
+    assert "they begin with their first batch" in capsys.readouterr().err
+
+    settings = model / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + "\n")
+    resumed = [*arguments(train__steps=4, data__train=other), "--resume"]
+    fails(resumed, capsys, str(settings), "--allow-changes")
+    assert main([*resumed, "--allow-changes"]) == 0
+    assert Checkpoints(tmp_path / "out").steps() == [3, 4]

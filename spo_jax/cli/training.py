@@ -115,13 +115,15 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.config is None or options.config.startswith("-"):
         raise ConfigError(f"name a configuration: spo-jax {options.command} CONFIG (see --help)")
+    if options.allow_changes and not options.resume:
+        raise ConfigError("--allow-changes would be ignored: it goes with --resume")
+    join_processes(options)
     if options.command == "dynamics":
         if Path(options.config).is_dir():
             return _probe(options, overrides)
         from spo_jax.probing import probed_config as load_config
     else:
         from spo_jax.validation import load_config
-    join_processes(options)
     config = load_config(options.config, read_overrides(overrides))
     only = None
     if options.command == "sft":
@@ -136,8 +138,6 @@ def _train(options: argparse.Namespace) -> int:
     from spo_jax.distributed import is_first, say
     from spo_jax.train import Trainer
 
-    if options.allow_changes and not options.resume:
-        raise ConfigError("--allow-changes would be ignored: it goes with --resume")
     trainer = Trainer(config, resume=options.resume, only=only, allow_changes=options.allow_changes)
     try:
         results = trainer.run()

@@ -154,7 +154,7 @@ def test_groups_are_those_of_the_axis():
 # A TPU's text, written by hand
 
 TPU = """\
-HloModule jit_step, is_scheduled=true, num_partitions=4
+HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[]{:T(128)} parameter(0)
@@ -164,7 +164,7 @@ HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %start (p: bf16[64,128]) -> (bf16[256,128], s32[2]) {
   %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %gather.1 = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %gather.1 = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %begun = (bf16[256,128]{1,0:T(8,128)(2,1)}, s32[2]{0:S(4)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
@@ -172,13 +172,13 @@ HloModule jit_step, is_scheduled=true, num_partitions=4
   %p.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
   %q = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
   %r = bf16[8,32,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(2)
-  %gather.2 = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %gather.2 = bf16[256,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
   ROOT %product = bf16[8,16,32]{2,1,0:T(8,128)(2,1)} convolution(%q, %r), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf
 }
 
 %all-reduce-scatter.3 (s: f32[4,32]) -> f32[1,32] {
   %s = f32[4,32]{1,0:T(8,128)} parameter(0)
-  %reduced = f32[4,32]{1,0:T(8,128)} all-reduce(%s), channel_id=9, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %reduced = f32[4,32]{1,0:T(8,128)} all-reduce(%s), channel_id=9, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %zero = s32[]{:T(128)} constant(0)
   ROOT %mine = f32[1,32]{1,0:T(8,128)} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={1,32}
 }
@@ -198,7 +198,7 @@ ENTRY %main (w: bf16[64,128], x: bf16[8,16,64], y: bf16[8,32,64], z: f32[4,32], 
   %fused.1 = (bf16[256,128]{1,0:T(8,128)(2,1)}, s32[2]{0:S(4)}) fusion(%w), kind=kCustom, calls=%start
   %fused.2 = bf16[8,16,32]{2,1,0:T(8,128)(2,1)} fusion(%w, %x, %y), kind=kOutput, calls=%beside
   %fused.3 = f32[1,32]{1,0:T(8,128)} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.3
-  %small = f32[4,32]{1,0:T(8,128)} all-reduce(%z), channel_id=10, replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, to_apply=%add
+  %small = f32[4,32]{1,0:T(8,128)} all-reduce(%z), channel_id=10, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, to_apply=%add
   %row = f32[1,32]{1,0:T(8,128)} dynamic-slice(%stack, %one, %one), dynamic_slice_sizes={1,32}
   %kernel.1 = f32[4,32]{1,0:T(8,128)} custom-call(%z), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "note":"goes on over the line }"
@@ -207,6 +207,7 @@ ENTRY %main (w: bf16[64,128], x: bf16[8,16,64], y: bf16[8,32,64], z: f32[4,32], 
   %end = f32[5,32]{1,0:T(8,128)} async-done(%begin)
   %ahead = (f32[4,32]{1,0:T(8,128)S(1)}, f32[4,32]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%z)
   %there = f32[4,32]{1,0:T(8,128)S(1)} copy-done(%ahead)
+  %quick = f32[4,32]{1,0:T(8,128)S(1)} negate(%there)
   ROOT %result = bf16[8,16,32]{2,1,0:T(8,128)(2,1)} copy(%fused.2)
 }
 """  # noqa: E501

@@ -1,7 +1,9 @@
 """An update compiled from shapes alone is the one that training runs, and its memory is known."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,12 +11,14 @@ import pytest
 
 from spo_jax.models import init_model, load_hf_config
 from spo_jax.plan import compile_pair_update, memory_summary
+from spo_jax.plan.step import assemble, make_model, stage_rows
+from spo_jax.plan.tables import groups_of, large_unsharded
 from spo_jax.prepare import execution, load_policy
 from spo_jax.sharding import make_mesh, place_batch, sharded_shapes
 from spo_jax.stages import compile_step
 from spo_jax.step import init_state, shard_state
 from spo_jax.train import Trainer
-from spo_jax.validation import checked_config
+from spo_jax.validation import checked_config, load_config
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}
@@ -157,3 +161,32 @@ def test_inner_rows_have_a_size_of_their_own():
             prompt_length=8,
             completion_length=16,
         )
+
+
+# The configurations that docs/plan.md plans
+
+FOLDER = Path(__file__).parents[2] / "configs"
+PLANNED = {
+    "llama_1b": ("paper/architectures/llama-3.2-1b", 1_235_814_400),
+    "llama_8b": ("paper/architectures/llama-3-8b", 8_030_261_248),
+    "llama_70b": ("plan/architectures/llama-3.1-70b", 70_553_706_496),
+}
+"""With what the models' publishers count: a wrong dimension in a file cannot hit it."""
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_configurations_assemble_at_their_true_shapes(name):
+    file, parameters = PLANNED[name]
+    config = load_config(FOLDER / "plan" / f"{name}.yaml")
+    mesh = make_mesh(data=1, fsdp=8)
+    model = make_model(config, json.loads((FOLDER / f"{file}.json").read_text()), mesh)
+    rows = stage_rows(config, "preference", prompt_length=None, completion_length=None)
+    assert (rows[0].prompt, rows[0].completion) == (1024, 1024)
+    assembled = assemble(config, model, mesh, "preference", rows)
+    groups = {group.name: group for group in groups_of(assembled)}
+    assert groups["parameters"].bytes == 4 * parameters
+    moments = groups["optimizer moments (outer)"]
+    assert 8 * parameters <= moments.bytes < 8 * parameters + 16
+    # Norms alone are whole on every device.
+    assert groups["parameters"].bytes_per_device < 4 * parameters / 8 * 1.001
+    assert large_unsharded(assembled) == []
