@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spo_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "tpu/README.md")
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "tpu/README.md", "docs/plan.md", "docs/long_runs.md",
+)  # fmt: skip
 MAX_LINES = 400
 
 

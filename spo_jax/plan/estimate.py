@@ -13,8 +13,7 @@ from spo_jax.plan.machines import Chip
 from spo_jax.plan.step import Rows
 
 EFFICIENCY = {"compute": 0.5, "memory": 0.8, "interconnect": 0.8}
-"""Shares of the peaks that are assumed to be reached; measured runs of decoders reach 0.4 to 0.6
-of the compute peak where nothing else limits them."""
+"""Shares of the peaks that are assumed to be reached: assumptions, fitted to nothing."""
 
 
 class Estimate(NamedTuple):
