@@ -29,13 +29,17 @@ SETTINGS = {
 }
 
 
+SHARES = ("eval/accuracy", "eval/unanswered", "eval/cut_off")
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A configuration, and what one process makes of it."""
     folder = tmp_path_factory.mktemp("processes")
     sft = {"train": str(folder / "pairs.jsonl"), "eval_fraction": 0.25}
     sizes = {"prompt_buckets": [4], "completion_buckets": [4]}
-    config = write_config(folder, **SETTINGS, sft_data={**sft, **sizes})
+    answers = {"data": str(folder / "pairs.jsonl"), "task": "arithmetic", "max_new_tokens": 6}
+    config = write_config(folder, **SETTINGS, sft_data={**sft, **sizes}, answers=answers)
     cache = folder / "compiled"
     run = start(config, folder / "alone", log=folder / "alone.log", cache=cache)
     assert finish([run], PATIENCE) == [0], (folder / "alone.log").read_text()
@@ -47,7 +51,9 @@ def assert_same_metrics(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert set(one) == set(other)
         for key, value in other.items():
-            np.testing.assert_allclose(one[key], value, rtol=2e-3, atol=2e-4, err_msg=key)
+            # Of 32 greedy answers two may turn at a tie.
+            loose = {"atol": 2 / 32} if key in SHARES else {"rtol": 2e-3, "atol": 2e-4}
+            np.testing.assert_allclose(one[key], value, err_msg=key, **loose)
 
 
 def lines_of(folder):
@@ -83,6 +89,7 @@ def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone, before,
     for stage in ("sft", "preference"):
         expected = metrics_of(folder / "alone" / stage)
         assert len(expected) > 3
+        assert set(expected[-1]) >= set(SHARES)
         assert_same_metrics(metrics_of(run / stage), expected)
     assert f"going on from step {step} of 12" in logs_of(folder, name)
     probed, expected = (lines_of(x / "preference") for x in (run, folder / "alone"))
