@@ -301,6 +301,32 @@ def test_another_model_is_no_damage(tmp_path):
     assert_same(checkpoints.restore_params(half), half)
 
 
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_reference_is_named(tmp_path, damage):
+    """There is none before it: training against another reference would be another run."""
+    params = on(make_mesh(fsdp=8, data=1), toy(1).solver.params)
+    (tmp_path / "whole").mkdir()
+    save_reference(tmp_path / "whole", params)
+    said = []
+    for number, file in enumerate(sorted((tmp_path / "whole" / "reference").rglob("*"))):
+        if not file.is_file() or not is_needed(file):
+            continue
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        damage(copy / file.relative_to(tmp_path / "whole"))
+        try:
+            assert_same(load_reference(copy, params), params)
+        except DamagedCheckpoint as damaged:
+            said.append((str(copy / "reference"), str(damaged)))
+    assert said
+    for folder, text in said:
+        assert f"the frozen reference in {folder} is damaged" in text
+    sums = tmp_path / "whole" / "reference.checksums.json"
+    sums.write_text(sums.read_text().replace("embed", "other"))
+    with pytest.raises(DamagedCheckpoint, match="embed is not what was written"):
+        load_reference(tmp_path / "whole", params)
+
+
 def test_what_a_killed_save_left_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from spo_jax.checkpoints.errors import CheckpointError
+from spo_jax.atomic import replace_text
+from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
 from spo_jax.checkpoints.reading import abstract
 from spo_jax.checkpoints.writing import tree_bytes
-from spo_jax.distributed import by_first
+from spo_jax.checksums import checksums
+from spo_jax.distributed import by_first, gathered
 from spo_jax.types import Params
 
 REFERENCE = "reference"
+CHECKSUMS = "reference.checksums.json"
 
 
 def save_reference(folder: Path, params: Params) -> None:
@@ -32,11 +36,46 @@ def save_reference(folder: Path, params: Params) -> None:
 
     if by_first(is_there):
         return
+    sums = checksums(params)
+    # Before the parameters: where these are, their checksums are.
+    by_first(lambda: replace_text(target.parent / CHECKSUMS, json.dumps(sums)))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, params)
 
 
 def load_reference(folder: Path, like: Params) -> Params:
-    """Read the frozen reference parameters back, placed and typed as ``like``."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute() / REFERENCE, abstract(like))
+    """Read the frozen reference parameters back, placed and typed as ``like``.
+
+    Raises:
+        DamagedCheckpoint: they cannot be read, or are not those that were written.
+    """
+    target, found, error = Path(folder).absolute() / REFERENCE, None, None
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(target, abstract(like))
+    except Exception as raised:  # the kinds are many, and the answer is one
+        error = raised
+    if gathered([error is not None]).any():
+        said = "another process could not read it" if error is None else reason_of(error)
+        raise DamagedCheckpoint(_damaged(target, said)) from error
+    written = by_first(lambda: _written(target.parent / CHECKSUMS))
+    changed = [
+        name
+        for name, sums in checksums(found).items()
+        if written is not None and written.get(name) != list(sums)
+    ]
+    if changed:
+        raise DamagedCheckpoint(_damaged(target, f"{changed[0]} is not what was written"))
+    return found
+
+
+def _written(file: Path) -> dict[str, list[int]] | None:
+    """What was written down; None in runs of a version that wrote nothing down."""
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _damaged(target: Path, reason: str) -> str:
+    return (
+        f"the frozen reference in {target} is damaged: {reason}. Bring a copy of it back; it is "
+        "the policy that the run started from, or reference.path"
+    )
