@@ -148,12 +148,6 @@ def _broadcast(value: Any) -> Any:
     return json.loads(found[:length].astype(np.uint8).tobytes())
 
 
-def wait_for_all(name: str) -> None:
-    """Go on when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def gathered(values: Any) -> np.ndarray:
     """``values`` (numbers, of one shape everywhere) of all processes, one after the other."""
     values = np.asarray(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import socket
@@ -40,7 +41,10 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._lock = filelock.FileLock(self.folder / LOCK_FILE, blocking=False)
+        # The library's stand-in for a missing flock is a file, which a killed run would leave.
+        self._lock = filelock.FileLock(
+            self.folder / LOCK_FILE, blocking=False, fallback_to_soft=False
+        )
 
     def __enter__(self) -> RunLock:
         by_first(self._take)
@@ -50,13 +54,15 @@ class RunLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
-        except NotImplementedError:
-            say(f"{self.folder} is on a file system without locks: see that no second run uses it")
         except filelock.Timeout:
             raise RunLocked(
                 f"a run goes on in {self.folder} already{self._owner()}: wait for it, stop it, or "
                 "choose another folder with --output-dir"
             ) from None
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            say(f"{self.folder} is on a file system without locks: see that no second run uses it")
         now = datetime.datetime.now().isoformat(" ", "seconds")
         owner = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
         replace_text(self.folder / OWNER_FILE, json.dumps(owner))

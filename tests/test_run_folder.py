@@ -1,5 +1,6 @@
 """One run at a time in a folder, whatever the one before died of."""
 
+import errno
 import json
 import os
 import subprocess
@@ -48,3 +49,15 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
 def test_one_process_shares_with_nobody(tmp_path):
     check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_a_run_goes_on_and_leaves_none(tmp_path, monkeypatch, capsys):
+    """No lock file stands in for one: a killed run would leave it, and none could resume."""
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    for _ in range(2):
+        RunLock(tmp_path).__enter__()  # and never left, as when killed
+        assert "a file system without locks" in capsys.readouterr().err
