@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spo_jax.atomic import replace_text
 from spo_jax.checksums import params_fingerprint
 from spo_jax.config import ModelConfig
 from spo_jax.data import Record, RowError, load_records, make_chat_format
@@ -215,9 +216,7 @@ def shown_lengths(report: Mapping[str, Any]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def generate_outputs(

@@ -43,8 +43,7 @@ def parsed(words: list[str]):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(path):
-    if SHELLCHECK is None:
-        pytest.skip("shellcheck is not installed: pip install -e '.[test]'")
+    assert SHELLCHECK, "shellcheck is not installed: pip install -e '.[test]'"
     done = subprocess.run([SHELLCHECK, path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False)
@@ -52,8 +51,7 @@ def test_shellcheck_finds_nothing(path):
 
 
 def test_shellcheck_would_find_something(tmp_path):
-    if SHELLCHECK is None:
-        pytest.skip("shellcheck is not installed: pip install -e '.[test]'")
+    assert SHELLCHECK, "shellcheck is not installed: pip install -e '.[test]'"
     bad = tmp_path / "bad.sh"
     bad.write_text("#!/usr/bin/env bash\ncd $1\n")
     assert subprocess.run([SHELLCHECK, bad], capture_output=True, check=False).returncode == 1

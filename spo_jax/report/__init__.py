@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spo_jax.atomic import replace_bytes
 from spo_jax.figures import FIGURES, GROUPS, RunCurves, draw, figure_to_png
 from spo_jax.report.page import Picture, Samples, Section, make_page
 from spo_jax.report.runs import (
@@ -192,8 +193,6 @@ def _write(out: Path, page: str, pngs: dict[str, bytes]) -> None:
             *((folder / f"{name}.png", png) for name, png in pngs.items()),
             (out, page.encode("utf-8")),
         ):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            replace_bytes(path, data)
     except OSError as error:
         raise OSError(f"cannot write the report to {out} ({error}): give --out another") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spo_jax.atomic import replace_bytes
 from spo_jax.figures import figure_to_png
 from spo_jax.report.page import Grid, Picture, Section, make_page
 from spo_jax.study.claims import check_claims, claims_to_grid
@@ -46,7 +47,7 @@ def make_study_page(study: Study, out_dir: str | Path) -> Path:
         for name in FIGURES.keys() - pictures.keys():
             (out / "figures" / f"{name}.png").unlink(missing_ok=True)
         for name, data in files.items():
-            _replace(out / name, data)
+            replace_bytes(out / name, data)
     except OSError as error:
         raise OSError(f"cannot write the study to {out} ({error}): choose another folder") from None
     return out / "study.html"
@@ -75,9 +76,3 @@ def _page(study: Study, table: Table, verdicts: Grid, pictures: list[Picture]) -
     if pictures:
         sections.append(Section("Pictures", pictures))
     return make_page(study.title, f"{done}.", [], facts, sections)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)

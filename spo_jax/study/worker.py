@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo_jax.atomic import replace_text
 from spo_jax.builtin import PAIRS_FILE
 from spo_jax.study.config import (
     START_ROW,
@@ -78,9 +79,7 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    temporary = cell.folder / f".{RESULT_FILE}.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(cell.folder / RESULT_FILE)
+    replace_text(cell.folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 
