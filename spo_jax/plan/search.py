@@ -1,133 +1,120 @@
-"""Which mesh, rematerialization and micro-batch: the choosing, apart from any compiling."""
+"""The search carried out: candidates compiled one by one until the budget is spent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
-REMAT = ("none", "dots", "dots_no_batch", "full")
-"""From what keeps most to what keeps least, and computes most again."""
-
-
-class Candidate(NamedTuple):
-    """One way to run a stage."""
-
-    data: int
-    fsdp: int
-    tensor: int
-    remat: str
-    accumulation: int
-    attention: str
-
-    @property
-    def mesh(self) -> tuple[int, int, int]:
-        """Sizes of the axes data, fsdp and tensor."""
-        return self.data, self.fsdp, self.tensor
-
-    def saves_at_least(self, other: Candidate) -> bool:
-        """Whether it surely needs no more memory than ``other``, at the price of time."""
-        return (
-            (self.mesh, self.attention) == (other.mesh, other.attention)
-            and REMAT.index(self.remat) >= REMAT.index(other.remat)
-            and self.accumulation >= other.accumulation
-        )
-
-    def keys(self, section: str) -> str:
-        """The configuration's keys, to paste; ``section`` is that of the stage's loop."""
-        return (
-            f"--mesh.data {self.data} --mesh.fsdp {self.fsdp} --mesh.tensor {self.tensor} "
-            f"--model.remat {self.remat} --model.attention {self.attention} "
-            f"--{section}.gradient_accumulation {self.accumulation}"
-        )
+from spo_jax.config import Config, MeshConfig
+from spo_jax.models import decoder_config_from_hf
+from spo_jax.plan.machines import Machine
+from spo_jax.plan.planning import plan_stage, room_of
+from spo_jax.plan.search import Candidate, Tried, best, choose, make_candidates, prune
+from spo_jax.plan.step import assemble, make_model, stage_loop, stage_rows
+from spo_jax.plan.tables import argument_bytes, gradient_bytes
+from spo_jax.sharding import make_mesh
 
 
-class Tried(NamedTuple):
-    """A candidate that was compiled: whether it fits, its bytes a device, seconds an update.
+def with_candidate(config: Config, stage: str, candidate: Candidate) -> Config:
+    """``config`` run the way of ``candidate``."""
+    section = loop_section(stage)
+    loop = dataclasses.replace(
+        stage_loop(config, stage), gradient_accumulation=candidate.accumulation
+    )
+    model = dataclasses.replace(config.model, remat=candidate.remat, attention=candidate.attention)
+    mesh = MeshConfig(*candidate.mesh)
+    return dataclasses.replace(config, mesh=mesh, model=model, **{section: loop})
 
-    ``needed`` and ``seconds`` are ``None`` where the compiler refused it without a figure.
-    """
 
-    candidate: Candidate
-    fits: bool
-    needed: int | None
-    seconds: float | None
+def loop_section(stage: str) -> str:
+    """The section of the configuration that holds a stage's loop."""
+    return "sft" if stage == "sft" else "train"
 
 
-def make_candidates(
+def search(
+    config: Config,
+    architecture: Mapping[str, Any],
+    machine: Machine,
+    stage: str,
     *,
-    devices: int,
-    batch_sizes: Sequence[int],
-    hidden_size: int,
-    kv_heads: int,
+    prompt_length: int | None,
+    completion_length: int | None,
+    hbm: float | None,
+    budget: int,
     remat: Sequence[str],
     attention: Sequence[str],
-    accumulation: int,
-) -> list[Candidate]:
-    """All that divides evenly: ``tensor`` the key/value heads, ``fsdp`` the width, rows the rest.
+    say: Callable[[Tried, Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Compile up to ``budget`` ways to run ``stage`` and return a record with the best that fits.
 
-    ``batch_sizes`` are those of every part of a batch; ``accumulation`` is tried beside the
-    powers of two. In the order of trying: without a tensor axis first, then the more cut the
-    earlier.
+    ``say`` is told of each as it is done, with its plan. Raises ``ValueError`` for a machine
+    whose memory is not known, or where nothing divides evenly.
     """
-    found = []
-    for data, fsdp, tensor in _meshes(devices):
-        if kv_heads % tensor or hidden_size % fsdp:
-            continue
-        for micro in _micro_batches(batch_sizes, data * fsdp, accumulation):
-            found += [Candidate(data, fsdp, tensor, r, micro, a) for a in attention for r in remat]
-    return sorted(found, key=lambda c: (c.tensor, c.data, c.accumulation, REMAT.index(c.remat)))
+    room = room_of(machine, hbm)
+    if room is None:
+        raise ValueError(
+            f"--search needs the memory of {machine.topology}: name what it stands for with "
+            "--chip, or give --hbm GIB"
+        )
+    lengths = {"prompt_length": prompt_length, "completion_length": completion_length}
+    candidates = _candidates(config, architecture, machine, stage, lengths, remat, attention)
+    at_least = _arithmetic(config, architecture, machine, stage, lengths, candidates)
+    kept, left_out = prune(candidates, at_least, room.usable)
+    tried: list[Tried] = []
+    while len(tried) < budget and (candidate := choose(kept, tried)) is not None:
+        own = with_candidate(config, stage, candidate)
+        plan = plan_stage(own, architecture, machine, stage, hbm=hbm, **lengths)
+        seconds = plan["estimate"]["serial"] if plan.get("estimate") else None
+        tried.append(Tried(candidate, bool(plan["fits"]), plan["memory"]["needed"], seconds))
+        say(tried[-1], plan)
+    found = best(tried)
+    floors = {mesh: min(at_least(c) for c in candidates if c.mesh == mesh) for mesh in left_out}
+    return {
+        "candidates": len(candidates),
+        "too_large_by_arithmetic": [
+            {"mesh": list(mesh), "at_least": floor} for mesh, floor in floors.items()
+        ],
+        "tried": [{**t._asdict(), "candidate": t.candidate._asdict()} for t in tried],
+        "finished": choose(kept, tried) is None,
+        "best": None if found is None else found.candidate.keys(loop_section(stage)),
+    }
 
 
-def _meshes(devices: int) -> list[tuple[int, int, int]]:
-    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
-    return [
-        (devices // fsdp // tensor, fsdp, tensor)
-        for tensor in divisors
-        for fsdp in divisors
-        if devices % (fsdp * tensor) == 0
-    ]
+def _candidates(config, architecture, machine, stage, lengths, remat, attention) -> list[Candidate]:
+    decoder = decoder_config_from_hf(architecture)
+    rows = stage_rows(config, stage, **lengths)
+    found = make_candidates(
+        devices=len(machine.devices),
+        batch_sizes=[part.count for part in rows],
+        hidden_size=decoder.hidden_size,
+        kv_heads=decoder.num_kv_heads,
+        remat=remat,
+        attention=attention,
+        accumulation=stage_loop(config, stage).gradient_accumulation,
+    )
+    if found:
+        return found
+    sizes = " and ".join(str(part.count) for part in rows)
+    raise ValueError(
+        f"no mesh of {len(machine.devices)} devices divides a batch of {sizes} rows: choose a "
+        f"multiple of {len(machine.devices)} for {loop_section(stage)}.batch_size"
+    )
 
 
-def _micro_batches(batch_sizes: Sequence[int], shards: int, given: int) -> list[int]:
-    powers = {2**i for i in range(max(batch_sizes).bit_length())}
-    fits = (n for n in powers | {given} if all(size % (shards * n) == 0 for size in batch_sizes))
-    return sorted(fits)
+def _arithmetic(
+    config, architecture, machine, stage, lengths, candidates
+) -> Callable[[Candidate], int]:
+    """Bytes a device that a candidate needs at least: arguments and one gradient."""
+    rows = stage_rows(config, stage, **lengths)
 
+    @cache
+    def found(mesh: tuple[int, int, int], several: bool) -> int:
+        like = (c for c in candidates if c.mesh == mesh and (c.accumulation > 1) == several)
+        own = with_candidate(config, stage, next(like))
+        made = make_mesh(**dataclasses.asdict(own.mesh), devices=machine.devices)
+        held = assemble(own, make_model(own, architecture, made), made, stage, rows)
+        return argument_bytes(held) + gradient_bytes(held)
 
-def prune(
-    candidates: Sequence[Candidate], floor: Callable[[Candidate], int], usable: float
-) -> tuple[list[Candidate], list[tuple[int, int, int]]]:
-    """Candidates whose bytes known by arithmetic alone leave room, and the meshes left out."""
-    kept = [c for c in candidates if floor(c) <= usable]
-    left = {c.mesh for c in kept}
-    return kept, sorted({c.mesh for c in candidates} - left)
-
-
-def choose(candidates: Sequence[Candidate], tried: Sequence[Tried]) -> Candidate | None:
-    """What to compile next, or ``None`` when nothing is left that could be better.
-
-    Left out is what a refusal or a success has settled: on a mesh where something does not fit,
-    what saves less; where something fits, what only saves more. Of the mesh with the fewest
-    tries the middle of the rest comes next.
-    """
-    open_ = [c for c in candidates if not any(_settles(t, c) for t in tried)]
-    if not open_:
-        return None
-    tries = {c.mesh: sum(t.candidate.mesh == c.mesh for t in tried) for c in open_}
-    mesh = min(tries, key=tries.__getitem__)
-    of_mesh = [c for c in open_ if c.mesh == mesh]
-    return of_mesh[len(of_mesh) // 2]
-
-
-def _settles(tried: Tried, candidate: Candidate) -> bool:
-    if tried.candidate == candidate:
-        return True
-    if tried.fits:
-        return candidate.saves_at_least(tried.candidate)
-    return tried.candidate.saves_at_least(candidate)
-
-
-def best(tried: Sequence[Tried]) -> Tried | None:
-    """Of those that fit the fastest, of equally fast ones the smallest."""
-    fitting = [t for t in tried if t.fits]
-    return min(fitting, key=lambda t: (t.seconds or 0.0, t.needed or 0), default=None)
+    return lambda candidate: found(candidate.mesh, candidate.accumulation > 1)
