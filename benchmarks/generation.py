@@ -1,4 +1,4 @@
-"""Tokens per second of ``spo_jax.generate`` and of ``transformers``' ``model.generate``.
+"""Tokens per second of ``spo_jax.policies.generate`` and of ``transformers``' ``model.generate``.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --model FOLDER --batch 64 --new 256
@@ -26,8 +26,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from spo_jax.generate import generate
 from spo_jax.models import init_model, load_model, load_params, save_pretrained
+from spo_jax.policies.generate import generate
 
 ARCHITECTURE = {
     "model_type": "llama",

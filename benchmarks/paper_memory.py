@@ -18,10 +18,10 @@ from pathlib import Path
 
 import jax
 
+from spo_jax.config.validation import checked_config
 from spo_jax.plan import DoesNotFit, compile_pair_update, describe_machine, memory_summary
 from spo_jax.study import read_study
-from spo_jax.study.config import run_cells
-from spo_jax.validation import checked_config
+from spo_jax.study.grid import run_cells
 
 FOLDER = Path(__file__).parents[1] / "configs" / "paper"
 TOPOLOGY = {"qwen2.5-0.5b": "v5e:2x4", "llama-3.2-1b": "v5e:2x4", "llama-3-8b": "v5p:2x2x1"}

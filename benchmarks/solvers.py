@@ -23,9 +23,9 @@ import optax
 from shared import make_llama, random_rows
 
 from spo_jax.losses import make_preference_loss
-from spo_jax.objectives import make_logprobs_fn, make_objective
+from spo_jax.objective.levels import make_logprobs_fn, make_objective
 from spo_jax.solvers import make_solver
-from spo_jax.step import init_state, jit_step, make_train_step
+from spo_jax.training.update import init_state, jit_step, make_train_step
 from spo_jax.types import BilevelBatch
 
 VOCABULARY = 32000

@@ -13,34 +13,34 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "spo_jax.types": (
-        "BilevelBatch CompletionBatch PairLogprobs PreferenceBatch PreferenceRow SFTBatch SFTRow "
-        "TrainState"
+        "BilevelBatch CompletionBatch PreferenceBatch PreferenceRow SFTBatch SFTRow TrainState"
     ),
     "spo_jax.losses": (
-        "LOSSES make_preference_loss dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "
+        "LOSSES PairLogprobs make_preference_loss dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "
         "alphadpo_loss ipo_loss slic_loss token_mean_nll chosen_hinge"
     ),
     "spo_jax.solvers": (
         "SOLVERS Levels Solver SolverState make_levels make_solver make_penalty "
         "make_preference_only make_inner_only make_primal_dual make_dynamic_barrier "
-        "make_alternating make_unrolled make_unrolled_first_order"
+        "make_alternating make_unrolled make_unrolled_first_order make_optimizer make_schedule"
     ),
-    "spo_jax.logprobs": "token_logprobs token_spread predictor_states scored_mask",
-    "spo_jax.objectives": "make_objective make_logprobs_fn completion_logprobs Objective",
-    "spo_jax.bandit": "Bandit make_shift_bandit make_bandit_levels simulate masses log_policy",
-    "spo_jax.step": "make_train_step jit_step init_state shard_state",
+    "spo_jax.objective": (
+        "token_logprobs token_spread predictor_states scored_mask make_objective "
+        "make_logprobs_fn completion_logprobs Objective"
+    ),
     "spo_jax.models": "Model Execution load_model load_params init_model save_pretrained",
-    "spo_jax.generate": "generate",
-    "spo_jax.dynamics": "make_exact_law make_head_law make_mass law_terms loss_coefficients",
-    "spo_jax.text_statistics": "repetition distinct_n",
-    "spo_jax.sharding": "make_mesh tree_shardings place_batch",
-    "spo_jax.optimizers": "make_optimizer make_schedule",
-    "spo_jax.config": "Config",
-    "spo_jax.validation": "load_config",
-    "spo_jax.train": "Trainer",
-    "spo_jax.report": "make_report",
+    "spo_jax.parallel": "make_mesh tree_shardings place_batch",
+    "spo_jax.config": "Config load_config",
     "spo_jax.tasks": "TASKS Task",
-    "spo_jax.make_pairs": "PairSettings pairs_of_samples write_pairs",
+    "spo_jax.policies": "generate repetition distinct_n",
+    "spo_jax.sampling.make_pairs": "PairSettings pairs_of_samples write_pairs",
+    "spo_jax.dynamics.bandit": (
+        "Bandit make_shift_bandit make_bandit_levels simulate masses log_policy"
+    ),
+    "spo_jax.dynamics.law": ("make_exact_law make_head_law make_mass law_terms loss_coefficients"),
+    "spo_jax.training.update": "make_train_step jit_step init_state shard_state",
+    "spo_jax.training.run": "Trainer",
+    "spo_jax.report": "make_report",
     "spo_jax.study": "read_study run_study read_evidence make_study_page",
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -64,18 +64,6 @@ SFTBatch: TypeAlias = CompletionBatch
 """A ``CompletionBatch`` with ``n = 1``."""
 
 
-class PairLogprobs(NamedTuple):
-    """Summed log-probs of the scored tokens of each pair, with the number of those tokens.
-
-    ``chosen`` and ``rejected`` are in nats, the lengths in tokens (closing EOS included).
-    """
-
-    chosen: Float[Array, "B"]
-    rejected: Float[Array, "B"]
-    chosen_length: Float[Array, "B"]
-    rejected_length: Float[Array, "B"]
-
-
 class BilevelBatch(NamedTuple):
     """What one update sees: pairs for the outer level, SFT rows for the inner one.
 

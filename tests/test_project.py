@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from spo_jax.cli import make_parser
-from spo_jax.cli.training import read_overrides
-from spo_jax.config_io import read_tree
+from spo_jax.cli.train import read_overrides
+from spo_jax.config.parsing import read_tree
+from spo_jax.config.validation import load_config
 from spo_jax.study import read_study
-from spo_jax.validation import load_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spo_jax"
@@ -234,14 +234,14 @@ def test_imports_go_one_way(path):
     [
         ("solvers", ("spo_jax.solvers",)),
         ("losses", ("spo_jax.losses", "spo_jax.types")),
-        ("logprobs", ("spo_jax.types", "spo_jax.constraints")),
-        ("models", ("spo_jax.models", "spo_jax.types", "spo_jax.constraints")),
-        ("data", ("spo_jax.data", "spo_jax.types", "spo_jax.distributed")),
-        ("terms", ("spo_jax.losses", "spo_jax.logprobs", "spo_jax.types")),
+        ("logprobs", ("spo_jax.types", "spo_jax.parallel.constraints")),
+        ("models", ("spo_jax.models", "spo_jax.types", "spo_jax.parallel.constraints")),
+        ("data", ("spo_jax.data", "spo_jax.types", "spo_jax.parallel.processes")),
+        ("terms", ("spo_jax.losses", "spo_jax.objective.logprobs", "spo_jax.types")),
         (
             "objectives",
             (
-                "spo_jax.terms", "spo_jax.losses", "spo_jax.logprobs", "spo_jax.types",
+                "spo_jax.objective.terms", "spo_jax.losses", "spo_jax.objective.logprobs", "spo_jax.types",
                 "spo_jax.solvers.base",
             ),
         ),

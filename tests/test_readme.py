@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from spo_jax.config.validation import loss_function
 from spo_jax.models import init_model, save_pretrained
-from spo_jax.validation import loss_function
 from tests.losses.test_preference import POLICY, REFERENCE
 from tests.tiny import ARCHITECTURE
 

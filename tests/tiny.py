@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.models import DecoderConfig, Execution, Model
-from spo_jax.objectives import make_logprobs_fn
+from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.types import CompletionBatch
 
 VOCABULARY = 53

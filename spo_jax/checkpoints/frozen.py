@@ -8,12 +8,12 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from spo_jax.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.checksums import checksums
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
 from spo_jax.checkpoints.reading import abstract
 from spo_jax.checkpoints.writing import tree_bytes
-from spo_jax.checksums import checksums
-from spo_jax.distributed import by_first, gathered
+from spo_jax.parallel.processes import by_first, gathered
 from spo_jax.types import Params
 
 REFERENCE = "reference"

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from spo_jax.checkpoints.checksums import checksums, path_name
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
-from spo_jax.checksums import checksums, path_name
-from spo_jax.distributed import by_first, gathered, is_first
+from spo_jax.parallel.processes import by_first, gathered, is_first
 from spo_jax.types import Params
 
 Found = TypeVar("Found")

@@ -14,8 +14,8 @@ from types import TracebackType
 import filelock
 import jax
 
-from spo_jax.atomic import replace_text
-from spo_jax.distributed import DistributedError, by_first, gathered, say
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.parallel.processes import DistributedError, by_first, gathered, say
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".owner.json"

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
 from spo_jax.checkpoints.reading import DAMAGED, LEAVES, CheckpointReader, described_leaves
-from spo_jax.distributed import by_first
+from spo_jax.parallel.processes import by_first
 
 
 def tree_bytes(tree: Any) -> int:

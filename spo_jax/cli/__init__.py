@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from spo_jax.cli import generation, make_pairs, models, planning, reports, study, training
+from spo_jax.cli import evaluate, generation, make_pairs, plan, report, study, train
 
 _DESCRIPTION = """\
 Align a language model on preference pairs with Stable Preference Optimization (SPO).
@@ -33,7 +33,7 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax study CONFIG                         methods with and without SPO over seeds
 """
 
-_COMMANDS = (training, planning, models, generation, make_pairs, study, reports)
+_COMMANDS = (train, plan, evaluate, generation, make_pairs, study, report)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -57,14 +57,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from spo_jax.export import export_run
+    from spo_jax.training.export import export_run
 
     print(export_run(options.run, options.out, step=options.step, dtype=options.dtype))
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from spo_jax.evaluation import evaluate_model
+    from spo_jax.evaluation.scoring import evaluate_model
 
     result = evaluate_model(
         options.model,

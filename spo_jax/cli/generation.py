@@ -70,8 +70,8 @@ def _add_judge(parser: Any, *, required: bool) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from spo_jax.judging import check_judge, read_outputs
-    from spo_jax.outputs import generate_outputs, shown_lengths
+    from spo_jax.evaluation.judge import check_judge, read_outputs
+    from spo_jax.sampling.outputs import generate_outputs, shown_lengths
 
     if (options.judge is None) != (options.against is None):
         raise ValueError(
@@ -92,8 +92,8 @@ def _judge(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace, outputs: Path, others: str) -> int:
-    from spo_jax.judging import judge_outputs, shown_summary
-    from spo_jax.outputs import write_json
+    from spo_jax.evaluation.judge import judge_outputs, shown_summary
+    from spo_jax.sampling.outputs import write_json
 
     found = judge_outputs(outputs, others, command=options.judge, timeout=options.judge_timeout)
     path = outputs.with_suffix(".judged.json")

@@ -70,7 +70,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _make_pairs(options: argparse.Namespace) -> int:
-    from spo_jax.make_pairs import PairSettings, make_pairs, meta_path, summary
+    from spo_jax.sampling.make_pairs import PairSettings, make_pairs, meta_path, summary
 
     given = vars(options)
     settings = PairSettings(**{key: given[key] for key in _SETTINGS})

@@ -62,10 +62,10 @@ def _plan(options: argparse.Namespace) -> int:
     _check(options)
     # Before anything starts JAX: it settles what devices there are.
     machine = describe_machine(options.topology, chip=options.chip)
-    from spo_jax.cli.training import read_overrides
+    from spo_jax.cli.train import read_overrides
+    from spo_jax.config.validation import load_config
     from spo_jax.plan.inputs import find_architecture
     from spo_jax.plan.text import machine_text
-    from spo_jax.validation import load_config
 
     config = load_config(options.config, read_overrides(options.overrides))
     stages = _stages(options, config)
@@ -82,7 +82,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from spo_jax.config_io import ConfigError
+    from spo_jax.config.parsing import ConfigError
 
     if not options.search:
         for name in ("budget", "kernels"):
@@ -99,7 +99,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _stages(options: argparse.Namespace, config: Any) -> tuple[str, ...]:
-    from spo_jax.config_io import ConfigError
+    from spo_jax.config.parsing import ConfigError
 
     if options.stage is not None and options.stage not in config.stages:
         raise ConfigError(
@@ -141,7 +141,7 @@ def _plan_stages(options, config, architecture, machine, stages, record) -> int:
 
 
 def _search(options, config, architecture, machine, stages, record) -> int:
-    from spo_jax.plan.searching import search
+    from spo_jax.plan.search import search
     from spo_jax.plan.text import TRIED_HEADER, search_text, tried_text
 
     print(f"stage {stages[0]}\n{TRIED_HEADER}", flush=True)

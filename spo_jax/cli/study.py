@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from spo_jax.cli.training import read_overrides
+    from spo_jax.cli.train import read_overrides
     from spo_jax.study import make_study_page, read_evidence, read_study, run_study
 
     study = read_study(options.config, read_overrides(options.overrides))

@@ -79,7 +79,7 @@ def add_process_flags(command: argparse.ArgumentParser) -> None:
 
 def join_processes(options: argparse.Namespace) -> None:
     """Become one process of several, where the flags or the environment say so."""
-    from spo_jax.distributed import ENVIRONMENT, initialize
+    from spo_jax.parallel.processes import ENVIRONMENT, initialize
 
     given = {name: getattr(options, name) for name in ENVIRONMENT}
     described = any(value is not None for value in given.values())
@@ -89,7 +89,7 @@ def join_processes(options: argparse.Namespace) -> None:
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """``--a.b value`` and ``--a.b=value`` pairs; values are read as YAML."""
-    from spo_jax.config_io import ConfigError, parse_value
+    from spo_jax.config.parsing import ConfigError, parse_value
 
     found: dict[str, Any] = {}
     rest = list(arguments)
@@ -110,8 +110,8 @@ def _train(options: argparse.Namespace) -> int:
     overrides = options.overrides
     if options.help:
         return options.show_help()
-    from spo_jax.config_io import ConfigError
-    from spo_jax.stopping import Stopped
+    from spo_jax.config.parsing import ConfigError
+    from spo_jax.training.stopping import Stopped
 
     if options.config is None or options.config.startswith("-"):
         raise ConfigError(f"name a configuration: spo-jax {options.command} CONFIG (see --help)")
@@ -121,9 +121,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.command == "dynamics":
         if Path(options.config).is_dir():
             return _probe(options, overrides)
-        from spo_jax.probing import probed_config as load_config
+        from spo_jax.training.revisit import probed_config as load_config
     else:
-        from spo_jax.validation import load_config
+        from spo_jax.config.validation import load_config
     config = load_config(options.config, read_overrides(overrides))
     only = None
     if options.command == "sft":
@@ -134,9 +134,9 @@ def _train(options: argparse.Namespace) -> int:
             )
         only = "sft"
 
-    from spo_jax.atomic import replace_text
-    from spo_jax.distributed import is_first, say
-    from spo_jax.train import Trainer
+    from spo_jax.checkpoints.atomic import replace_text
+    from spo_jax.parallel.processes import is_first, say
+    from spo_jax.training.run import Trainer
 
     trainer = Trainer(config, resume=options.resume, only=only, allow_changes=options.allow_changes)
     try:
@@ -162,8 +162,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from spo_jax.config_io import ConfigError
-    from spo_jax.probing import probe_run
+    from spo_jax.config.parsing import ConfigError
+    from spo_jax.training.revisit import probe_run
 
     if options.resume:
         raise ConfigError(
@@ -219,8 +219,8 @@ def format_table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def _show_help(command: argparse.ArgumentParser) -> int:
-    from spo_jax.config import describe
-    from spo_jax.validation import choices
+    from spo_jax.config.schema import describe
+    from spo_jax.config.validation import choices
 
     print(command.format_help())
     print("keys [default]:\n" + describe(choices()))

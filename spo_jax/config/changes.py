@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spo_jax.config import Config
-from spo_jax.config_io import changed_keys
+from spo_jax.config.parsing import changed_keys
+from spo_jax.config.schema import Config
 
 BINDING = {
     "model.path": "the checkpoint holds the parameters of the model it was started with",

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config import Named
-from spo_jax.config_io import ConfigError, nearest
+from spo_jax.config.parsing import ConfigError, nearest
+from spo_jax.config.schema import Named
 from spo_jax.losses import LOSSES, hyperparameters
 from spo_jax.solvers import SOLVERS
 

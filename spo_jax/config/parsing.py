@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from spo_jax.atomic import replace_text
-from spo_jax.config import Config, Named
+from spo_jax.config.schema import Config, Named
 
 
 class ConfigError(ValueError):
@@ -273,13 +272,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return plain(config)
 
 
-def save_config(
-    config: Config, path: Path, *, without: Collection[str] = (), header: str = ""
-) -> None:
-    """Write the resolved configuration, less the sections ``without``."""
+def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str = "") -> str:
+    """The resolved configuration as the text of a file, less the sections ``without``."""
     tree = {k: v for k, v in config_to_dict(config).items() if k not in without}
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    replace_text(path, text + yaml.safe_dump(tree, sort_keys=False))
+    return text + yaml.safe_dump(tree, sort_keys=False)
 
 
 def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

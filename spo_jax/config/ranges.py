@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from spo_jax.config import (
+from spo_jax.config.parsing import ConfigError
+from spo_jax.config.schema import (
     Config,
     DataConfig,
     LoopConfig,
@@ -18,7 +19,6 @@ from spo_jax.config import (
     OptimizerConfig,
     TaskConfig,
 )
-from spo_jax.config_io import ConfigError
 
 Range: TypeAlias = tuple[str, Callable[[Any], bool]]
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import optax
 
-from spo_jax.config import (
+from spo_jax.config.choices import loss_function
+from spo_jax.config.parsing import ConfigError, nearest
+from spo_jax.config.schema import (
     BUILTIN_TASK,
     AnswersConfig,
     Config,
@@ -17,12 +19,10 @@ from spo_jax.config import (
     LoopConfig,
     OptimizerConfig,
 )
-from spo_jax.config_io import ConfigError, nearest
 from spo_jax.losses import make_preference_loss
-from spo_jax.optimizers import optimizer_options
 from spo_jax.solvers import INSIDE, PENALTIES, make_solver
+from spo_jax.solvers.optimizers import optimizer_options
 from spo_jax.tasks import TASKS
-from spo_jax.validation.choices import loss_function
 
 
 def validate_solver(config: Config) -> None:

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config import BUILTIN_TASK, Config
-from spo_jax.config_io import ConfigError, config_from_tree, nearest, override, read_tree
-from spo_jax.solvers import SOLVERS
-from spo_jax.validation.choices import check_options, choices, loss_function, solver_uses
-from spo_jax.validation.ranges import validate_ranges
-from spo_jax.validation.sections import (
+from spo_jax.config.choices import check_options, choices, loss_function, solver_uses
+from spo_jax.config.parsing import ConfigError, config_from_tree, nearest, override, read_tree
+from spo_jax.config.ranges import validate_ranges
+from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.sections import (
     validate_answers,
     validate_dynamics,
     validate_model,
@@ -24,6 +23,7 @@ from spo_jax.validation.sections import (
     validate_solver,
     validate_stage,
 )
+from spo_jax.solvers import SOLVERS
 
 __all__ = [
     "checked_config",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from spo_jax.distributed import gathered
+from spo_jax.parallel.processes import gathered
 
 
 def default_cache_dir() -> Path:

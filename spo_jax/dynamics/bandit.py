@@ -20,8 +20,8 @@ from spo_jax.losses import (
     alphadpo_margin,
     alphadpo_update_statistics,
 )
+from spo_jax.losses.contract import PairLogprobs
 from spo_jax.solvers.base import Levels, Solver, make_levels
-from spo_jax.types import PairLogprobs
 
 
 class Bandit(NamedTuple):

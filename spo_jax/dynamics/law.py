@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spo_jax.logprobs import scored_mask, states_and_head, token_logprobs, token_spread
 from spo_jax.losses import PreferenceLoss
+from spo_jax.losses.contract import PairLogprobs
+from spo_jax.objective.logprobs import scored_mask, states_and_head, token_logprobs, token_spread
+from spo_jax.objective.terms import LogprobsFn, completion_logprobs
 from spo_jax.solvers.base import inner_product
-from spo_jax.terms import LogprobsFn, completion_logprobs
-from spo_jax.types import CompletionBatch, PairLogprobs, Params, PreferenceBatch
+from spo_jax.types import CompletionBatch, Params, PreferenceBatch
 
 Probed = dict[str, Float[Array, "B"]]
 """Probe values by name, one a pair."""

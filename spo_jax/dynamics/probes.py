@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,18 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from spo_jax.config import DynamicsConfig
+from spo_jax.config.schema import DynamicsConfig
 from spo_jax.data.pipeline import process_slice
-from spo_jax.distributed import by_first, everywhere
-from spo_jax.dynamics import make_exact_law, make_head_law, make_mass, with_completions
-from spo_jax.generate import generate
+from spo_jax.dynamics.law import make_exact_law, make_head_law, make_mass, with_completions
+from spo_jax.dynamics.row_choice import ProbeSet
 from spo_jax.losses import PreferenceLoss
-from spo_jax.objectives import completion_logprobs, make_logprobs_fn
-from spo_jax.prepare import Policy
-from spo_jax.probe_set import ProbeSet
-from spo_jax.sharding import BATCH, batch_shards, place_batch, replicated, tree_shardings
-from spo_jax.text_statistics import distinct_n, repetition
-from spo_jax.trackers import StepLines
+from spo_jax.objective.levels import completion_logprobs, make_logprobs_fn
+from spo_jax.parallel.mesh import BATCH, batch_shards, place_batch, replicated, tree_shardings
+from spo_jax.parallel.processes import everywhere
+from spo_jax.policies.generate import generate
+from spo_jax.policies.loading import Policy
+from spo_jax.policies.text_statistics import distinct_n, repetition
 from spo_jax.types import BilevelBatch, CompletionBatch, Params, TrainState
 
 DYNAMICS_FILE = "dynamics.jsonl"
@@ -248,25 +246,6 @@ def _no_law(*_, **__):
 
 
 _LAWS = {"exact": _exact_law, "head": _head_law, "none": _no_law}
-
-
-class ProbeWriter:
-    """``(step, state)``: probe and write a line of ``dynamics.jsonl``, unless that step has one.
-
-    Lines of steps that a resumed run does again, from ``first_step`` on, are dropped first; one
-    process of a run writes.
-    """
-
-    def __init__(
-        self, probes: Probes, folder: Path, step_fn: Any, *, first_step: int, active: bool
-    ):
-        self._probes, self._step_fn = probes, step_fn
-        self._lines = StepLines(folder / DYNAMICS_FILE, first_step=first_step, active=active)
-
-    def __call__(self, step: int, state: TrainState) -> None:
-        """Probe ``state``, which is that after ``step`` updates."""
-        if by_first(lambda: step not in self._lines.steps):
-            self._lines.write(step, self._probes.record(state, self._step_fn))
 
 
 def probe_rhythm(every: str | int | None, steps: int) -> int:

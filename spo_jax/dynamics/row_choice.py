@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spo_jax.data import rows_to_batch
-from spo_jax.prepare import Rows
+from spo_jax.policies.rows import Rows
 from spo_jax.types import BilevelBatch, CompletionBatch
 
 _DRAW = 0x50524F4245

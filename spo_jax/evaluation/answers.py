@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_jax.config import BUILTIN_TASK, AnswersConfig, Config, DataConfig
-from spo_jax.distributed import is_first
-from spo_jax.evaluate import complete, stop_ids
-from spo_jax.prepare import Policy, read_rows, task_problems
+from spo_jax.checkpoints.atomic import write_rows
+from spo_jax.config.schema import BUILTIN_TASK, AnswersConfig, Config, DataConfig
+from spo_jax.parallel.processes import is_first
+from spo_jax.policies.completions import complete, stop_ids
+from spo_jax.policies.loading import Policy
+from spo_jax.policies.rows import read_rows, task_problems
 from spo_jax.tasks import TASKS
-from spo_jax.tasks.arithmetic import write_rows
 from spo_jax.types import PreferenceRow, SFTRow
 
 ANSWERS_FILE = "answers.jsonl"

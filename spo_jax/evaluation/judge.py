@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_jax.evaluate import wilson_interval
+from spo_jax.evaluation.heldout import wilson_interval
 
 SIMILAR = 0.1
 """Two outputs are of similar length up to this difference, as a share of the longer one."""

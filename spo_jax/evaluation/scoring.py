@@ -9,21 +9,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spo_jax.answers import Exam, answer, reference_answer
 from spo_jax.checkpoints import load_reference
-from spo_jax.config import DataConfig, ModelConfig
+from spo_jax.checkpoints.atomic import write_rows
+from spo_jax.config.schema import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
-from spo_jax.evaluate import (
+from spo_jax.evaluation.answers import Exam, answer, reference_answer
+from spo_jax.evaluation.heldout import (
     preference_summary,
     row_logprobs,
     sft_summary,
     wilson_interval,
 )
-from spo_jax.objectives import make_logprobs_fn
-from spo_jax.prepare import Policy, find_run, load_policy, prepare_rows, read_rows, round_up
-from spo_jax.sharding import batch_shards, make_mesh, place_batch
+from spo_jax.objective.levels import make_logprobs_fn
+from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
+from spo_jax.policies.loading import Policy, find_run, load_policy
+from spo_jax.policies.rows import prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
-from spo_jax.tasks.arithmetic import write_rows
 from spo_jax.types import PreferenceRow, SFTRow
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from spo_jax.losses.contract import PairLogprobs
 from spo_jax.losses.preference import (
     MarginStatistics,
     alphadpo_init_statistics,
@@ -31,6 +32,7 @@ from spo_jax.losses.sft import chosen_hinge, token_mean_nll
 __all__ = [
     "LOSSES",
     "MarginStatistics",
+    "PairLogprobs",
     "PreferenceLoss",
     "alphadpo_init_statistics",
     "alphadpo_loss",

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.types import PairLogprobs
+from spo_jax.losses.contract import PairLogprobs
 
 STATISTICS_DECAY = 0.9
 """Decay of AlphaDPO's exponential averages (METHOD section 5)."""

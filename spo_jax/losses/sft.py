@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.types import PairLogprobs
+from spo_jax.losses.contract import PairLogprobs
 
 
 def token_mean_nll(

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from spo_jax.constraints import platform
 from spo_jax.models.second_order import with_second_derivative
 from spo_jax.models.splash import BLOCKS, splash_attention
+from spo_jax.parallel.constraints import platform
 
 Window: TypeAlias = Int[Array, ""] | int | None
 """How many tokens a query sees, itself included; ``None`` for all earlier ones."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spo_jax.models.config import DecoderConfig
+from spo_jax.models.architecture import DecoderConfig
 
 
 class Cache(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spo_jax.constraints import ROWS, constrain
+from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution
 from spo_jax.models.attention import (
     BranchAttention,
     CachedAttention,
@@ -24,8 +24,8 @@ from spo_jax.models.attention import (
     split_branches,
 )
 from spo_jax.models.cache import Cache, empty_cache
-from spo_jax.models.config import REMAT_POLICIES, DecoderConfig, Execution
 from spo_jax.models.rope import rotate, rotation
+from spo_jax.parallel.constraints import ROWS, constrain
 from spo_jax.types import Params
 
 

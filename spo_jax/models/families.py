@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from spo_jax.models.config import DecoderConfig, RopeScaling
+from spo_jax.models.architecture import DecoderConfig, RopeScaling
 from spo_jax.models.names import LLAMA_NAMES, TensorName
 
 HFConfig: TypeAlias = Mapping[str, Any]

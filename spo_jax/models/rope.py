@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spo_jax.models.config import DecoderConfig
+from spo_jax.models.architecture import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.models.config import DTYPES
+from spo_jax.models.architecture import DTYPES
 from spo_jax.models.decoder import Model
 from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
 from spo_jax.models.folders import load_hf_config

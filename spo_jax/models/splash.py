@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from spo_jax.constraints import ROWS, parts
+from spo_jax.parallel.constraints import ROWS, parts
 
 BLOCKS = (512, 256, 128)
 """Sides of a block of scores, from the one to take if little padding comes of it."""

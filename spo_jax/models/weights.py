@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spo_jax.models.config import Execution
+from spo_jax.models.architecture import Execution
 from spo_jax.models.decoder import Model
 from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
 from spo_jax.models.folders import load_hf_config

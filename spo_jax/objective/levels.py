@@ -18,8 +18,7 @@ from spo_jax.losses import (
     alphadpo_init_statistics,
     alphadpo_update_statistics,
 )
-from spo_jax.solvers.base import Levels, gradient_of, gradients_of
-from spo_jax.terms import (
+from spo_jax.objective.terms import (
     Binding,
     Denominators,
     LogprobsFn,
@@ -30,6 +29,7 @@ from spo_jax.terms import (
     count,
     make_logprobs_fn,
 )
+from spo_jax.solvers.base import Levels, gradient_of, gradients_of
 from spo_jax.types import BilevelBatch, Params
 
 __all__ = [

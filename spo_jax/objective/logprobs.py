@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from spo_jax.constraints import ROWS, constrain, parts
+from spo_jax.parallel.constraints import ROWS, constrain, parts
 from spo_jax.types import CompletionBatch, Params
 
 DEFAULT_CHUNK_TOKENS = 2048

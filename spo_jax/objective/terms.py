@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spo_jax.logprobs import scored_mask, states_and_head, token_logprobs
 from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
+from spo_jax.losses.contract import PairLogprobs
+from spo_jax.objective.logprobs import scored_mask, states_and_head, token_logprobs
 from spo_jax.types import (
     CHOSEN,
     REJECTED,
     BilevelBatch,
     CompletionBatch,
-    PairLogprobs,
     Params,
 )
 

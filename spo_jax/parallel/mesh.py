@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spo_jax.constraints import ROWS, axis_names, parts
+from spo_jax.parallel.constraints import ROWS, axis_names, parts
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(ROWS)

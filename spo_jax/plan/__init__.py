@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from spo_jax.plan.compiled import DoesNotFit, compile_pair_update, memory_summary
 from spo_jax.plan.machines import CHIPS, Chip, Machine, describe_machine
-from spo_jax.plan.planning import machine_record, plan_stage, versions
-from spo_jax.plan.step import DoesNotFit, compile_pair_update, memory_summary
+from spo_jax.plan.stage_plan import machine_record, plan_stage, versions
 
 __all__ = [
     "CHIPS",

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from spo_jax.assembly import Assembly
-from spo_jax.config import Config, DataConfig, DynamicsConfig, LoopConfig
+from spo_jax.config.schema import Config, DataConfig, DynamicsConfig, LoopConfig
 from spo_jax.models import Model, init_model
-from spo_jax.prepare import Policy, execution
-from spo_jax.sharding import BATCH, check_batch_size, make_mesh, sharded_shapes
-from spo_jax.stages import Stage, lower_step
+from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
+from spo_jax.policies.loading import Policy, execution
+from spo_jax.training.assembly import Assembly
+from spo_jax.training.stages import Stage, lower_step
 from spo_jax.types import BilevelBatch, CompletionBatch
 
 _STEPS = 1000

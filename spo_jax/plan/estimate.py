@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from spo_jax.models import DecoderConfig, Model
+from spo_jax.plan.compiled import Rows
 from spo_jax.plan.machines import Chip
-from spo_jax.plan.step import Rows
 
 EFFICIENCY = {"compute": 0.5, "memory": 0.8, "interconnect": 0.8}
 """Shares of the peaks that are assumed to be reached: assumptions, fitted to nothing."""

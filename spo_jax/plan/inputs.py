@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config import BUILTIN_TASK, Config, DataConfig
+from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
 from spo_jax.data import load_records, load_tokenizer
 from spo_jax.models import load_hf_config
-from spo_jax.prepare import MODEL_FOLDER, find_run
+from spo_jax.policies.loading import MODEL_FOLDER, find_run
 from spo_jax.tasks import arithmetic
 
 MAX_BYTES = 256 * 2**20

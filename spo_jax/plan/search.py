@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from spo_jax.config import Config, MeshConfig
+from spo_jax.config.schema import Config, MeshConfig
 from spo_jax.models import decoder_config_from_hf
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.plan.candidates import Candidate, Tried, best, choose, make_candidates, prune
+from spo_jax.plan.compiled import assemble, make_model, stage_loop, stage_rows
 from spo_jax.plan.machines import Machine
-from spo_jax.plan.planning import plan_stage, room_of
-from spo_jax.plan.search import Candidate, Tried, best, choose, make_candidates, prune
-from spo_jax.plan.step import assemble, make_model, stage_loop, stage_rows
+from spo_jax.plan.stage_plan import plan_stage, room_of
 from spo_jax.plan.tables import argument_bytes, gradient_bytes
-from spo_jax.sharding import make_mesh
 
 
 def with_candidate(config: Config, stage: str, candidate: Candidate) -> Config:

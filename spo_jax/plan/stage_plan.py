@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from spo_jax.config import Config
-from spo_jax.plan.counts import Counts, Unreadable, count
-from spo_jax.plan.estimate import EFFICIENCY, count_parameters, model_flops, roofline
-from spo_jax.plan.machines import Machine
-from spo_jax.plan.step import (
+from spo_jax.config.schema import Config
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.plan.compiled import (
     Assembled,
     DoesNotFit,
     assemble,
@@ -25,8 +23,10 @@ from spo_jax.plan.step import (
     stage_loop,
     stage_rows,
 )
+from spo_jax.plan.counts import Counts, Unreadable, count
+from spo_jax.plan.estimate import EFFICIENCY, count_parameters, model_flops, roofline
+from spo_jax.plan.machines import Machine
 from spo_jax.plan.tables import groups_of, large_unsharded
-from spo_jax.sharding import make_mesh
 
 RESERVE = 0.05
 """Share of a device's memory left for what is not in the program: the runtime, batches ahead."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from spo_jax.plan.step import Assembled
-from spo_jax.sharding import BATCH, LeafSharding, sharding_table, unsharded
-from spo_jax.stages import state_shapes
+from spo_jax.parallel.mesh import BATCH, LeafSharding, sharding_table, unsharded
+from spo_jax.plan.compiled import Assembled
+from spo_jax.training.stages import state_shapes
 
 _BATCH_RULES = ((r"", BATCH),)
 

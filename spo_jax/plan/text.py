@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spo_jax.plan.candidates import Tried
 from spo_jax.plan.machines import GIB
-from spo_jax.plan.planning import RESERVE
-from spo_jax.plan.search import Tried
+from spo_jax.plan.stage_plan import RESERVE
 
 LARGEST = 8
 """Rows of the table of shardings that are shown without ``--full``."""

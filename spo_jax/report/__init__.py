@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spo_jax.atomic import replace_bytes
-from spo_jax.figures import FIGURES, GROUPS, RunCurves, draw, figure_to_png
+from spo_jax.checkpoints.atomic import replace_bytes
+from spo_jax.report.figures import FIGURES, GROUPS, RunCurves, draw, figure_to_png
 from spo_jax.report.page import Picture, Samples, Section, make_page
 from spo_jax.report.runs import (
     STAGES,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from spo_jax.figures.style import (
+from spo_jax.report.style import (
     INK,
     LINES,
     SAFE,

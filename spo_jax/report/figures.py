@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from spo_jax.figures.curves import curve_figure, gap_figure
-from spo_jax.figures.law import falling_figure, measured_figure, rate_figure, terms_figure
-from spo_jax.figures.mass import mass_figure
-from spo_jax.figures.style import (
+from spo_jax.report.curves import curve_figure, gap_figure
+from spo_jax.report.law_panels import falling_figure, measured_figure, rate_figure, terms_figure
+from spo_jax.report.mass import mass_figure
+from spo_jax.report.style import (
     COLOURS,
     LINES,
     Curve,

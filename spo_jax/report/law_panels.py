@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from spo_jax.figures.curves import curve_figure
-from spo_jax.figures.style import (
+from spo_jax.report.curves import curve_figure
+from spo_jax.report.style import (
     FAINT_INK,
     INK,
     LINES,

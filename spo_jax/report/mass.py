@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from spo_jax.figures.style import (
+from spo_jax.report.style import (
     FAINT_INK,
     INK,
     LINES,

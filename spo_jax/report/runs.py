@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spo_jax.config_io import read_tree
-from spo_jax.figures import Curve, Probe, RunCurves
-from spo_jax.validation import choices
+from spo_jax.config.parsing import read_tree
+from spo_jax.config.validation import choices
+from spo_jax.report.figures import Curve, Probe, RunCurves
 
 STAGES = ("sft", "preference", "baseline")
 

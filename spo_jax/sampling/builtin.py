@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from spo_jax.config import Config, DataConfig
-from spo_jax.distributed import by_first, say
-from spo_jax.make_pairs import PairSettings, Problem, summary, write_pairs
-from spo_jax.prepare import Policy, task_problems
-from spo_jax.tasks import arithmetic
+from spo_jax.checkpoints.atomic import write_rows
+from spo_jax.config.schema import Config, DataConfig
+from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.loading import Policy
+from spo_jax.policies.rows import task_problems
+from spo_jax.sampling.make_pairs import PairSettings, Problem, summary, write_pairs
 
 PAIRS_FILE = "pairs.jsonl"
 """Inside a run: the pairs sampled for it."""
@@ -30,7 +31,7 @@ def builtin_data(
 
         def write() -> None:
             for file, problems in ((path, sft), (heldout, test)):
-                arithmetic.write_rows(file, [p._asdict() for p in problems])
+                write_rows(file, [p._asdict() for p in problems])
 
         by_first(write)
         return dataclasses.replace(data, train=str(path), eval=str(heldout))

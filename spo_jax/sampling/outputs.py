@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spo_jax.atomic import replace_text
-from spo_jax.checksums import params_fingerprint
-from spo_jax.config import ModelConfig
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.checksums import params_fingerprint
+from spo_jax.config.schema import ModelConfig
 from spo_jax.data import Record, RowError, load_records, make_chat_format
 from spo_jax.data.chat import BadRow, ChatFormat, read_messages, read_text, render_plain
 from spo_jax.data.layouts import LAYOUTS
-from spo_jax.evaluate import Completion, complete_batches, stop_ids
-from spo_jax.generate import check_sampling
-from spo_jax.prepare import Policy, load_policy, say
-from spo_jax.sharding import make_mesh
-from spo_jax.text_statistics import repetition
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.processes import say
+from spo_jax.policies.completions import Completion, complete_batches, stop_ids
+from spo_jax.policies.generate import check_sampling
+from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.text_statistics import repetition
 
 REPETITIVE = 0.5
 """An output is repetitive from this share of 4-grams that occurred in it before."""

@@ -12,6 +12,7 @@ from spo_jax.solvers.alternating import make_alternating
 from spo_jax.solvers.base import Levels, Solver, SolverState, make_levels
 from spo_jax.solvers.dynamic_barrier import INSIDE, make_dynamic_barrier
 from spo_jax.solvers.inner_only import make_inner_only
+from spo_jax.solvers.optimizers import make_optimizer, make_schedule, optimizer_options
 from spo_jax.solvers.penalty import PENALTIES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
 from spo_jax.solvers.primal_dual import make_primal_dual
@@ -28,12 +29,15 @@ __all__ = [
     "make_dynamic_barrier",
     "make_inner_only",
     "make_levels",
+    "make_optimizer",
     "make_penalty",
     "make_preference_only",
     "make_primal_dual",
+    "make_schedule",
     "make_solver",
     "make_unrolled",
     "make_unrolled_first_order",
+    "optimizer_options",
 ]
 
 SOLVERS: dict[str, Callable[..., Solver]] = {

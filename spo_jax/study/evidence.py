@@ -9,9 +9,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from spo_jax.answers import ANSWERS_FILE
-from spo_jax.config_io import config_from_tree
-from spo_jax.study.config import START_ROW, Cell, StudyConfig, run_cells, start_cells
+from spo_jax.config.parsing import config_from_tree
+from spo_jax.evaluation.answers import ANSWERS_FILE
+from spo_jax.study.grid import START_ROW, Cell, StudyConfig, run_cells, start_cells
 from spo_jax.study.records import Record, Study
 from spo_jax.study.runner import read_result
 from spo_jax.study.worker import RESULT_FILE

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_jax.builtin import PAIRS_FILE
-from spo_jax.config import BUILTIN_TASK, Config
-from spo_jax.config_io import (
+from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
     config_to_dict,
@@ -20,8 +18,10 @@ from spo_jax.config_io import (
     override,
     read_tree,
 )
-from spo_jax.make_pairs import PairSettings
-from spo_jax.validation import checked_config, unused_sections
+from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.validation import checked_config, unused_sections
+from spo_jax.sampling.builtin import PAIRS_FILE
+from spo_jax.sampling.make_pairs import PairSettings
 
 START_ROW = "SFT"
 _SET_BY_CELLS = ("output_dir", "seed", "stages")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from spo_jax.figures.style import FAINT_INK, INK, Limits, legend, make_axes
+from spo_jax.report.style import FAINT_INK, INK, Limits, legend, make_axes
 from spo_jax.study.looks import (
     colours,
     level_looks,

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from spo_jax.figures.style import COLOURS, FAINT_INK, INK, LINES, MARKERS
-from spo_jax.figures.style import make_axes as _make_axes
+from spo_jax.report.style import COLOURS, FAINT_INK, INK, LINES, MARKERS
+from spo_jax.report.style import make_axes as _make_axes
 from spo_jax.study.records import (
     Study,
     controls_of,

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from spo_jax.figures import Curve, RunCurves
-from spo_jax.figures.style import (
+from spo_jax.report.figures import Curve, RunCurves
+from spo_jax.report.runs import read_stage
+from spo_jax.report.style import (
     FAINT_INK,
     Limits,
     legend,
@@ -21,7 +22,6 @@ from spo_jax.figures.style import (
     running_mean,
     smoothing_window,
 )
-from spo_jax.report.runs import read_stage
 from spo_jax.study.looks import (
     colours,
     leftmost,

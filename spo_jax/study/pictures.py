@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from spo_jax.figures.style import figure_style
+from spo_jax.report.style import figure_style
 from spo_jax.study.groups import accuracy_figure, preference_figure
 from spo_jax.study.over_updates import Curves, accuracy_over_time_figure, log_ratio_figure
 from spo_jax.study.records import Study

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo_jax.atomic import replace_bytes
-from spo_jax.figures import figure_to_png
+from spo_jax.checkpoints.atomic import replace_bytes
+from spo_jax.report.figures import figure_to_png
 from spo_jax.report.page import Grid, Picture, Section, make_page
 from spo_jax.study.claims import check_claims, claims_to_grid
-from spo_jax.study.figures import FIGURES, draw
 from spo_jax.study.over_updates import read_curves
+from spo_jax.study.pictures import FIGURES, draw
 from spo_jax.study.records import Study
 from spo_jax.study.table import (
     Table,

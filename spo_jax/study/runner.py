@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from spo_jax.study.config import Cell, StudyConfig, resolved, run_cells, start_cells
+from spo_jax.study.grid import Cell, StudyConfig, resolved, run_cells, start_cells
 from spo_jax.study.worker import RESULT_FILE, CellFailed, run_cell, set_up
 
 

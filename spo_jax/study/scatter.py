@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import MaxNLocator
 
-from spo_jax.figures.style import FAINT_INK, INK, LEVEL_INK, legend, make_axes, spans_decades
+from spo_jax.report.style import FAINT_INK, INK, LEVEL_INK, legend, make_axes, spans_decades
 from spo_jax.study.looks import (
     colours,
     leftmost,

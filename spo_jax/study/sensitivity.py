@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from spo_jax.figures.style import Limits, legend
+from spo_jax.report.style import Limits, legend
 from spo_jax.study.looks import (
     colours,
     level_looks,

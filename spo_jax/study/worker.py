@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spo_jax.atomic import replace_text
-from spo_jax.builtin import PAIRS_FILE
-from spo_jax.study.config import (
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.sampling.builtin import PAIRS_FILE
+from spo_jax.study.grid import (
     START_ROW,
     Cell,
     StudyConfig,
@@ -87,10 +87,10 @@ def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
     """The SFT stage, the pairs its policy gives, and its own held-out metrics."""
     import jax
 
-    from spo_jax.builtin import builtin_data
-    from spo_jax.make_pairs import make_pairs
-    from spo_jax.train import Trainer
-    from spo_jax.validation import checked_config
+    from spo_jax.config.validation import checked_config
+    from spo_jax.sampling.builtin import builtin_data
+    from spo_jax.sampling.make_pairs import make_pairs
+    from spo_jax.training.run import Trainer
 
     config, metrics = checked_config(cell.tree), {}
     if has_sft(study):
@@ -119,8 +119,8 @@ def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
 def _pairs(cell: Cell) -> dict[str, float]:
     import jax
 
-    from spo_jax.train import Trainer
-    from spo_jax.validation import checked_config
+    from spo_jax.config.validation import checked_config
+    from spo_jax.training.run import Trainer
 
     found = Trainer(checked_config(cell.tree), resume=True).run()["preference"].metrics
     jax.clear_caches()

@@ -7,15 +7,11 @@ described in METHOD section 6.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-from spo_jax.atomic import replace_text
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 CHARACTERS = "0123456789+=; "
@@ -97,12 +93,6 @@ def is_well_formed(completion: str) -> bool:
     """Whether the completion has an answer at all: a number behind its last space."""
     _, space, answer = completion.rpartition(" ")
     return bool(space) and answer.isdigit()
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,28 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spo_jax.builtin import builtin_data
 from spo_jax.checkpoints import load_reference
-from spo_jax.config import BUILTIN_TASK, Config, LoopConfig, Named
+from spo_jax.config.schema import BUILTIN_TASK, Config, LoopConfig, Named, OptimizerConfig
+from spo_jax.config.validation import loss_function, solver_uses
 from spo_jax.data import eval_batches, make_train_iterator
+from spo_jax.dynamics.probes import Probes, probe_rhythm
+from spo_jax.dynamics.row_choice import make_probe_set
 from spo_jax.losses import PreferenceLoss, make_preference_loss
-from spo_jax.objectives import Objective, make_logprobs_fn, make_objective
-from spo_jax.prepare import Policy, Rows, inner_updates, make_chain, prepare_rows, round_up
-from spo_jax.probe_set import make_probe_set
-from spo_jax.probes import Probes, probe_rhythm
-from spo_jax.sharding import batch_shards, check_batch_size, make_mesh, place_batch, sharded_shapes
-from spo_jax.solvers import make_inner_only, make_solver
-from spo_jax.stages import Stage
+from spo_jax.objective.levels import Objective, make_logprobs_fn, make_objective
+from spo_jax.parallel.mesh import (
+    batch_shards,
+    check_batch_size,
+    make_mesh,
+    place_batch,
+    sharded_shapes,
+)
+from spo_jax.policies.loading import Policy
+from spo_jax.policies.rows import Rows, prepare_rows, round_up
+from spo_jax.sampling.builtin import builtin_data
+from spo_jax.solvers import SOLVERS, make_inner_only, make_solver
+from spo_jax.solvers.optimizers import make_optimizer
+from spo_jax.training.stages import Stage
 from spo_jax.types import Params
-from spo_jax.validation import loss_function, solver_uses
 
 
 class Assembly:
@@ -196,3 +205,19 @@ class Assembly:
             frozen_in_batch=config.reference.mode == "precomputed",
             reference=None if config.reference.mode == "none" else reference,
         )
+
+
+def make_chain(config: OptimizerConfig, steps: int):
+    """The optax chain and schedule of one section of the configuration."""
+    return make_optimizer(
+        steps=steps,
+        **{k: getattr(config, k) for k in OptimizerConfig.__dataclass_fields__},
+    )
+
+
+def inner_updates(named: Named) -> int:
+    """Updates of the inner chain in one update of the solver: the length of its schedule."""
+    parameters = inspect.signature(SOLVERS[named.name]).parameters
+    if "inner_steps" not in parameters:
+        return 1
+    return named.options.get("inner_steps", parameters["inner_steps"].default)

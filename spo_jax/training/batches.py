@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spo_jax.distributed import gathered
+from spo_jax.parallel.processes import gathered
 from spo_jax.types import BilevelBatch
 
 

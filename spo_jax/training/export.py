@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from spo_jax.checkpoints import CheckpointReader
-from spo_jax.config_io import config_from_tree, read_tree
+from spo_jax.config.parsing import config_from_tree, read_tree
 from spo_jax.models import load_model, save_pretrained
-from spo_jax.prepare import MODEL_FOLDER, execution, find_run
-from spo_jax.sharding import make_mesh, sharded_shapes
+from spo_jax.parallel.mesh import make_mesh, sharded_shapes
+from spo_jax.policies.loading import MODEL_FOLDER, execution, find_run
 
 
 def export_run(

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spo_jax.batches import Batches, positions
 from spo_jax.checkpoints import CheckpointError, Checkpoints
-from spo_jax.config import LoopConfig
-from spo_jax.distributed import Vote, by_first
-from spo_jax.stopping import Diverged, Interrupted, Stopped, stop_signals
-from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
+from spo_jax.config.schema import LoopConfig
+from spo_jax.parallel.processes import Vote, by_first
+from spo_jax.training.batches import Batches, positions
+from spo_jax.training.stopping import Diverged, Interrupted, Stopped, stop_signals
+from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress
 from spo_jax.types import BilevelBatch, TrainState
 
 

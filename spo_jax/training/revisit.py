@@ -10,20 +10,26 @@ from typing import Any
 
 import jax
 
-from spo_jax.atomic import replace_text
-from spo_jax.builtin import PAIRS_FILE
 from spo_jax.checkpoints import CheckpointReader, load_reference
-from spo_jax.config import BUILTIN_TASK, Config
-from spo_jax.config_io import ConfigError, override, read_tree
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.config.parsing import ConfigError, override, read_tree
+from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
+from spo_jax.dynamics.probes import DYNAMICS_FILE, Probes
 from spo_jax.models import load_model
-from spo_jax.prepare import MODEL_FOLDER, Policy, execution, is_run, say
-from spo_jax.probes import DYNAMICS_FILE, Probes
-from spo_jax.sharding import sharded_shapes
-from spo_jax.stages import compile_step, state_shapes
-from spo_jax.trackers import read_lines
-from spo_jax.train import Trainer
-from spo_jax.validation import checked_config
+from spo_jax.parallel.mesh import sharded_shapes
+from spo_jax.parallel.processes import say
+from spo_jax.policies.loading import (
+    MODEL_FOLDER,
+    Policy,
+    execution,
+    is_run,
+)
+from spo_jax.sampling.builtin import PAIRS_FILE
+from spo_jax.training.run import Trainer
+from spo_jax.training.stages import compile_step, state_shapes
+from spo_jax.training.trackers import read_lines
 
 PAIR_STAGES = ("preference", "baseline")
 

@@ -13,30 +13,30 @@ import jax
 from jax.sharding import Mesh
 
 from spo_jax import __version__
-from spo_jax.answers import Exam, make_exam, take_exam
-from spo_jax.assembly import Assembly
-from spo_jax.atomic import replace_bytes
-from spo_jax.batches import Batches
-from spo_jax.changes import check_changes
 from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
-from spo_jax.config import Config, LoopConfig
-from spo_jax.config_io import read_tree, save_config
-from spo_jax.distributed import by_first, say
-from spo_jax.evaluate import make_evaluate
-from spo_jax.prepare import (
+from spo_jax.checkpoints.atomic import replace_bytes, replace_text
+from spo_jax.checkpoints.run_folder import RunLock, check_shared
+from spo_jax.config.changes import check_changes
+from spo_jax.config.parsing import config_to_yaml, read_tree
+from spo_jax.config.schema import Config, LoopConfig
+from spo_jax.config.validation import unused_sections
+from spo_jax.evaluation.answers import Exam, make_exam, take_exam
+from spo_jax.evaluation.heldout import make_evaluate
+from spo_jax.parallel.mesh import unsharded
+from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.loading import (
     MODEL_FOLDER,
     Policy,
-    Rows,
     is_run,
     load_policy,
-    make_reference_logprobs,
 )
-from spo_jax.run_folder import RunLock, check_shared
-from spo_jax.sharding import unsharded
-from spo_jax.stages import Stage, StageResult, run_stage
-from spo_jax.step import init_state, shard_state
+from spo_jax.policies.reference_logprobs import make_reference_logprobs
+from spo_jax.policies.rows import Rows
+from spo_jax.training.assembly import Assembly
+from spo_jax.training.batches import Batches
+from spo_jax.training.stages import Stage, StageResult, run_stage
+from spo_jax.training.update import init_state, shard_state
 from spo_jax.types import Params, TrainState
-from spo_jax.validation import unused_sections
 
 
 class RunExists(FileExistsError):
@@ -135,7 +135,8 @@ class Trainer(Assembly):
                 replace_bytes(model / file.name, file.read_bytes())
         header = f"spo-jax {__version__}, jax {jax.__version__}, stage {stage}"
         without = unused_sections(self.config)
-        save_config(self.config, folder / "config.yaml", without=without, header=header)
+        text = config_to_yaml(self.config, without=without, header=header)
+        replace_text(folder / "config.yaml", text)
 
     def _sft(self, folder: Path, start: Policy) -> StageResult:
         stage, rows = self.sft_stage(folder, start), self.rows("sft_data", start)

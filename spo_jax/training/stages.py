@@ -11,18 +11,18 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from spo_jax.batches import Batches
 from spo_jax.checkpoints import Checkpoints
-from spo_jax.config import LoopConfig
-from spo_jax.distributed import Vote, is_first, say
-from spo_jax.loop import Counters, run_loop
-from spo_jax.objectives import Objective
-from spo_jax.prepare import Policy
-from spo_jax.probes import Probes, ProbeWriter
-from spo_jax.sharding import place_batch, sharded_shapes
+from spo_jax.config.schema import LoopConfig
+from spo_jax.dynamics.probes import Probes
+from spo_jax.objective.levels import Objective
+from spo_jax.parallel.mesh import place_batch, sharded_shapes
+from spo_jax.parallel.processes import Vote, is_first, say
+from spo_jax.policies.loading import Policy
 from spo_jax.solvers import Solver
-from spo_jax.step import init_state, jit_step, make_train_step, shard_state
-from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress
+from spo_jax.training.batches import Batches
+from spo_jax.training.loop import Counters, run_loop
+from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, ProbeWriter, Progress
+from spo_jax.training.update import init_state, jit_step, make_train_step, shard_state
 from spo_jax.types import Params, TrainState
 
 

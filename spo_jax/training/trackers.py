@@ -12,7 +12,10 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from spo_jax.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.dynamics.probes import DYNAMICS_FILE, Probes
+from spo_jax.parallel.processes import by_first
+from spo_jax.types import TrainState
 
 
 class StepLines:
@@ -120,6 +123,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_metrics(folder: Path) -> list[dict[str, float | int]]:
     """The lines of ``metrics.jsonl``."""
     return read_lines(folder / "metrics.jsonl")
+
+
+class ProbeWriter:
+    """``(step, state)``: probe and write a line of ``dynamics.jsonl``, unless that step has one.
+
+    Lines of steps that a resumed run does again, from ``first_step`` on, are dropped first; one
+    process of a run writes.
+    """
+
+    def __init__(
+        self, probes: Probes, folder: Path, step_fn: Any, *, first_step: int, active: bool
+    ):
+        self._probes, self._step_fn = probes, step_fn
+        self._lines = StepLines(folder / DYNAMICS_FILE, first_step=first_step, active=active)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Probe ``state``, which is that after ``step`` updates."""
+        if by_first(lambda: step not in self._lines.steps):
+            self._lines.write(step, self._probes.record(state, self._step_fn))
 
 
 class Progress:

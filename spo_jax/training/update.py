@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spo_jax.objectives import Objective
-from spo_jax.sharding import tree_shardings
+from spo_jax.objective.levels import Objective
+from spo_jax.parallel.mesh import tree_shardings
 from spo_jax.solvers import Solver
 from spo_jax.types import BilevelBatch, Params, TrainState
 

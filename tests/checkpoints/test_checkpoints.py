@@ -20,7 +20,7 @@ from spo_jax.checkpoints import (
     save_reference,
     tree_bytes,
 )
-from spo_jax.sharding import make_mesh, tree_shardings
+from spo_jax.parallel.mesh import make_mesh, tree_shardings
 from spo_jax.solvers import SolverState
 from spo_jax.types import TrainState
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checksums import checksum, checksums, path_name
-from spo_jax.sharding import make_mesh, tree_shardings
+from spo_jax.checkpoints.checksums import checksum, checksums, path_name
+from spo_jax.parallel.mesh import make_mesh, tree_shardings
 
 
 def by_hand(x):

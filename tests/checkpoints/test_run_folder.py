@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from spo_jax.run_folder import RunLock, RunLocked, check_shared
+from spo_jax.checkpoints.run_folder import RunLock, RunLocked, check_shared
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from spo_jax.run_folder import RunLock
+from spo_jax.checkpoints.run_folder import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

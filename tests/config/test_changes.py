@@ -2,9 +2,9 @@
 
 import pytest
 
-from spo_jax.changes import BINDING, ChangedConfig, check_changes
-from spo_jax.config import Config
-from spo_jax.config_io import config_from_tree, config_to_dict, override
+from spo_jax.config.changes import BINDING, ChangedConfig, check_changes
+from spo_jax.config.parsing import config_from_tree, config_to_dict, override
+from spo_jax.config.schema import Config
 
 TREE = {
     "model": {"path": "a/model", "tokenizer": "a/tokenizer"},

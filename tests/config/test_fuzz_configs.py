@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_jax.cli import main
-from spo_jax.config import Config
-from spo_jax.config_io import read_tree
-from spo_jax.train import Trainer
+from spo_jax.config.parsing import read_tree
+from spo_jax.config.schema import Config
+from spo_jax.training.run import Trainer
 
 ROOT = Path(__file__).parents[2]
 FUZZ = settings(derandomize=True, deadline=None, database=None)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from spo_jax.bandit import (
+from spo_jax.dynamics.bandit import (
     Bandit,
     log_policy,
     make_bandit_levels,

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from spo_jax.dynamics import (
+from spo_jax.dynamics.law import (
     loss_coefficients,
     make_exact_law,
     make_head_law,
@@ -22,12 +22,13 @@ from spo_jax.losses import (
     alphadpo_update_statistics,
     make_preference_loss,
 )
+from spo_jax.losses.contract import PairLogprobs
 from spo_jax.models import Model
-from spo_jax.objectives import completion_logprobs, make_objective
+from spo_jax.objective.levels import completion_logprobs, make_objective
+from spo_jax.policies.text_statistics import distinct_n, repetition
 from spo_jax.solvers import make_penalty
-from spo_jax.step import init_state, make_train_step
-from spo_jax.text_statistics import distinct_n, repetition
-from spo_jax.types import BilevelBatch, PairLogprobs
+from spo_jax.training.update import init_state, make_train_step
+from spo_jax.types import BilevelBatch
 from tests.losses.test_preference import HYPER
 from tests.tiny import VOCABULARY, Bigram, random_batch, tiny_logprobs, tiny_model, tiny_params
 

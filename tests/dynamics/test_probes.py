@@ -12,21 +12,23 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 
+from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.cli import main
-from spo_jax.config import BUILTIN_TASK, DataConfig, DynamicsConfig, ModelConfig
-from spo_jax.config_io import ConfigError, read_tree
-from spo_jax.dynamics import with_completions
+from spo_jax.config.parsing import ConfigError, read_tree
+from spo_jax.config.schema import BUILTIN_TASK, DataConfig, DynamicsConfig, ModelConfig
+from spo_jax.config.validation import checked_config
+from spo_jax.dynamics.law import with_completions
+from spo_jax.dynamics.probes import Probes, probe_rhythm
+from spo_jax.dynamics.row_choice import draw_rows, make_probe_set
 from spo_jax.losses import make_preference_loss
-from spo_jax.objectives import make_logprobs_fn, make_objective
-from spo_jax.prepare import load_policy, prepare_rows
-from spo_jax.probe_set import draw_rows, make_probe_set
-from spo_jax.probes import Probes, probe_rhythm
-from spo_jax.sharding import make_mesh, place_batch
+from spo_jax.objective.levels import make_logprobs_fn, make_objective
+from spo_jax.parallel.mesh import make_mesh, place_batch
+from spo_jax.policies.loading import load_policy
+from spo_jax.policies.rows import prepare_rows
 from spo_jax.solvers import make_preference_only
-from spo_jax.step import init_state, jit_step, make_train_step, shard_state
 from spo_jax.tasks import arithmetic
-from spo_jax.trackers import read_lines
-from spo_jax.validation import checked_config
+from spo_jax.training.trackers import read_lines
+from spo_jax.training.update import init_state, jit_step, make_train_step, shard_state
 from tests.tiny import ARCHITECTURE
 
 LAW = {
@@ -58,7 +60,7 @@ def write_pairs(path, count=24):
         for p, wrong in zip(problems, "0123456789" * 3, strict=False)
         if not p.completion.endswith(wrong)
     ]
-    arithmetic.write_rows(path, rows)
+    write_rows(path, rows)
     return rows
 
 

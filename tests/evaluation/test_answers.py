@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from spo_jax.answers import Exam, grade_answers, make_exam, shares, take_exam
-from spo_jax.config_io import ConfigError
+from spo_jax.config.parsing import ConfigError
+from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
-from spo_jax.evaluate import Completion
-from spo_jax.prepare import Policy
+from spo_jax.evaluation.answers import Exam, grade_answers, make_exam, shares, take_exam
+from spo_jax.policies.completions import Completion
+from spo_jax.policies.loading import Policy
 from spo_jax.tasks import arithmetic
-from spo_jax.validation import checked_config
 
 BUILTIN = {
     "stages": ["sft"],
@@ -93,7 +93,7 @@ def test_answers_are_kept_with_their_verdicts(monkeypatch, tmp_path, tokenizer):
         asked.update(prompts=prompts, settings=settings)
         return [Completion(" 3", True), Completion(" 9", True)]
 
-    monkeypatch.setattr("spo_jax.answers.complete", fake)
+    monkeypatch.setattr("spo_jax.evaluation.answers.complete", fake)
     exam = Exam("arithmetic", [("1+2=", " 3"), ("2+2=", " 4")], {"max_new_tokens": 5})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
     policy = Policy(None, None, tokenizer, tmp_path)

@@ -6,23 +6,25 @@ import jax
 import numpy as np
 import pytest
 
-from spo_jax.evaluate import (
-    bucket_width,
-    complete,
-    complete_batches,
+from spo_jax.evaluation.heldout import (
     make_evaluate,
     preference_summary,
     row_logprobs,
     sft_summary,
-    stop_ids,
     wilson_interval,
 )
-from spo_jax.evaluation import grade
-from spo_jax.generate import generate
+from spo_jax.evaluation.scoring import grade
 from spo_jax.losses import make_preference_loss
 from spo_jax.models import init_model, save_pretrained
-from spo_jax.objectives import make_objective
-from spo_jax.prepare import Policy
+from spo_jax.objective.levels import make_objective
+from spo_jax.policies.completions import (
+    bucket_width,
+    complete,
+    complete_batches,
+    stop_ids,
+)
+from spo_jax.policies.generate import generate
+from spo_jax.policies.loading import Policy
 from spo_jax.types import SFTRow
 from tests.data.tiny_data import char_vocab, make_char_tokenizer
 from tests.tiny import ARCHITECTURE, Bigram, random_batch, tiny_logprobs
@@ -138,7 +140,7 @@ def test_a_sample_depends_on_neither_its_batch_nor_its_padding(writer, monkeypat
     some = [4, 1, 5]
     found = complete(*writer, [PROMPTS[i] for i in some], rows=some, **settings)
     assert found == [whole[i] for i in some]
-    monkeypatch.setattr("spo_jax.evaluate.bucket_width", lambda length: 64)
+    monkeypatch.setattr("spo_jax.policies.completions.bucket_width", lambda length: 64)
     assert complete(*writer, PROMPTS, batch_size=4, **settings) == whole
 
 
@@ -149,7 +151,7 @@ def test_few_shapes_are_compiled(writer, monkeypatch):
         shapes.append(tokens.shape)
         return generate(model, params, tokens, mask, **settings)
 
-    monkeypatch.setattr("spo_jax.evaluate.generate", spy)
+    monkeypatch.setattr("spo_jax.policies.completions.generate", spy)
     complete(*writer, ["a" * n for n in range(1, 41)], max_new_tokens=2, batch_size=16)
     assert shapes == [(16, 40), (16, 24), (16, 8)]
 

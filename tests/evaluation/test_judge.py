@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from spo_jax.cli import main
-from spo_jax.judging import (
+from spo_jax.evaluation.judge import (
     JudgeError,
     Pair,
     ask_judge,

@@ -24,7 +24,7 @@ from spo_jax.losses import (
     simpo_loss,
     slic_loss,
 )
-from spo_jax.types import PairLogprobs
+from spo_jax.losses.contract import PairLogprobs
 
 HYPER = {
     "dpo": {"beta": 0.5},

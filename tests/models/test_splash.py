@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import Mesh
 
 from spo_jax.models import DecoderConfig, Execution, Model, attention
+from spo_jax.models.architecture import REMAT_POLICIES
 from spo_jax.models.attention import choose_kernel, cudnn_attention, xla_attention
-from spo_jax.models.config import REMAT_POLICIES
 from spo_jax.models.splash import block_and_padding, splash_attention
-from spo_jax.sharding import make_mesh, sharded_shapes
+from spo_jax.parallel.mesh import make_mesh, sharded_shapes
 from tests.models.test_decoder import draw_params, draw_rows
 
 

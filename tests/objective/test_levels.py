@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from spo_jax.logprobs import scored_mask
 from spo_jax.losses import make_preference_loss
-from spo_jax.objectives import completion_logprobs, count, make_objective
+from spo_jax.objective.levels import completion_logprobs, count, make_objective
+from spo_jax.objective.logprobs import scored_mask
 from spo_jax.solvers import make_penalty, make_preference_only
 from spo_jax.types import BilevelBatch
 from tests.hlo import array_shapes

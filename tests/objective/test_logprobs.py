@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.logprobs import predictor_states, scored_mask, token_logprobs, token_spread
+from spo_jax.objective.logprobs import predictor_states, scored_mask, token_logprobs, token_spread
 from spo_jax.types import CompletionBatch
 
 

@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from spo_jax.losses import make_preference_loss
-from spo_jax.objectives import make_objective
-from spo_jax.optimizers import make_optimizer
-from spo_jax.sharding import (
+from spo_jax.objective.levels import make_objective
+from spo_jax.parallel.mesh import (
     BATCH,
     DECODER_RULES,
     batch_shards,
@@ -25,7 +24,8 @@ from spo_jax.sharding import (
     unsharded,
 )
 from spo_jax.solvers import make_penalty
-from spo_jax.step import init_state, jit_step, make_train_step, shard_state
+from spo_jax.solvers.optimizers import make_optimizer
+from spo_jax.training.update import init_state, jit_step, make_train_step, shard_state
 from spo_jax.types import BilevelBatch, TrainState
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spo_jax.cli import main
-from spo_jax.distributed import (
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.processes import (
     ENVIRONMENT,
     DistributedError,
     Vote,
@@ -17,7 +18,6 @@ from spo_jax.distributed import (
     gathered,
     initialize,
 )
-from spo_jax.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)

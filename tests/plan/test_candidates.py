@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from spo_jax.plan.search import (
+from spo_jax.plan.candidates import (
     REMAT,
     Candidate,
     Tried,

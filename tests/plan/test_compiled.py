@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from spo_jax.config.validation import checked_config, load_config
 from spo_jax.models import init_model, load_hf_config
+from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
 from spo_jax.plan import compile_pair_update, memory_summary
-from spo_jax.plan.step import assemble, make_model, stage_rows
+from spo_jax.plan.compiled import assemble, make_model, stage_rows
 from spo_jax.plan.tables import groups_of, large_unsharded
-from spo_jax.prepare import execution, load_policy
-from spo_jax.sharding import make_mesh, place_batch, sharded_shapes
-from spo_jax.stages import compile_step
-from spo_jax.step import init_state, shard_state
-from spo_jax.train import Trainer
-from spo_jax.validation import checked_config, load_config
+from spo_jax.policies.loading import execution, load_policy
+from spo_jax.training.run import Trainer
+from spo_jax.training.stages import compile_step
+from spo_jax.training.update import init_state, shard_state
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}

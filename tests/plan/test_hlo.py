@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from spo_jax.parallel.mesh import make_mesh
 from spo_jax.plan.counts import Unreadable, collectives, count, memory_traffic, products
 from spo_jax.plan.hlo import Array, read_module, trip_count, unknown_loops, visits
-from spo_jax.sharding import make_mesh
 
 
 def module_of(function, *arguments):

@@ -6,12 +6,12 @@ import json
 import jax
 import pytest
 
-from spo_jax.config import DataConfig
+from spo_jax.config.schema import DataConfig
+from spo_jax.config.validation import checked_config
 from spo_jax.models import init_model, save_pretrained
 from spo_jax.plan import CHIPS, describe_machine
 from spo_jax.plan.inputs import count_rows, find_architecture
 from spo_jax.plan.machines import KINDS, chip_of
-from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
 MODEL = {**ARCHITECTURE, "vocab_size": 64}

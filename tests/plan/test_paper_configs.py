@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import pytest
 
+from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
 from spo_jax.data.chat import make_chat_format
 from spo_jax.models import init_model
 from spo_jax.plan import compile_pair_update, memory_summary
 from spo_jax.study import read_study
-from spo_jax.study.config import resolved, run_cells, start_cells
+from spo_jax.study.grid import resolved, run_cells, start_cells
 from spo_jax.tasks import arithmetic
-from spo_jax.validation import checked_config
 
-FOLDER = Path(__file__).parents[1] / "configs" / "paper"
+FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 PARAMETERS = {
     "qwen2.5-0.5b": 494_032_768,
     "llama-3.2-1b": 1_235_814_400,

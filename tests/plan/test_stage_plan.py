@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from spo_jax.cli import main
+from spo_jax.config.validation import checked_config
 from spo_jax.models import init_model
 from spo_jax.plan import CHIPS, describe_machine, plan_stage
+from spo_jax.plan.compiled import DoesNotFit, Rows, default_lengths
 from spo_jax.plan.counts import Unreadable
 from spo_jax.plan.estimate import EFFICIENCY, model_flops, roofline
-from spo_jax.plan.step import DoesNotFit, Rows, default_lengths
-from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
 MODEL = {**ARCHITECTURE, "vocab_size": 64}
@@ -143,7 +143,7 @@ def test_a_refusal_of_the_compiler_is_a_result(folder, monkeypatch, capsys):
     def refuse(*_):
         raise DoesNotFit(message)
 
-    monkeypatch.setattr("spo_jax.plan.planning.compile_assembled", refuse)
+    monkeypatch.setattr("spo_jax.plan.stage_plan.compile_assembled", refuse)
     file = folder / "refused.json"
     assert main(arguments(folder, "--stage", "preference", "--json", file)) == 1
     assert "DOES NOT FIT cpu:4: the compiler refuses it, 39.69 GiB of 15.75" in (
@@ -173,7 +173,7 @@ def test_a_program_that_cannot_be_read_still_has_its_memory(folder, monkeypatch,
     def fail(text):
         raise Unreadable("KeyError: 'new'")
 
-    monkeypatch.setattr("spo_jax.plan.planning.count", fail)
+    monkeypatch.setattr("spo_jax.plan.stage_plan.count", fail)
     assert main(arguments(folder, "--stage", "preference", "--chip", "v5e")) == 0
     said = capsys.readouterr().out
     assert "could not be read, so nothing is counted: KeyError: 'new'" in said
@@ -198,7 +198,7 @@ def test_a_search_prints_what_it_tries_and_ends_with_keys(folder, capsys):
 
 
 def test_a_search_of_what_cannot_fit_compiles_nothing(folder, capsys, monkeypatch):
-    monkeypatch.setattr("spo_jax.plan.searching.plan_stage", None)
+    monkeypatch.setattr("spo_jax.plan.search.plan_stage", None)
     assert main(arguments(folder, "--search", "--hbm", "0.00001")) == 1
     said = capsys.readouterr().out
     assert "mesh 1 x 4 x 1 not compiled: arguments and a gradient alone are" in said

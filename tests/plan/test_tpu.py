@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spo_jax.cli import main
+from spo_jax.config.validation import checked_config
+from spo_jax.parallel.mesh import make_mesh
 from spo_jax.plan import describe_machine, plan_stage
 from spo_jax.plan.counts import collectives, products
 from spo_jax.plan.hlo import read_module, trip_count, visits
-from spo_jax.sharding import make_mesh
-from spo_jax.validation import checked_config
 from tests.tiny import ARCHITECTURE
 
 pytestmark = [

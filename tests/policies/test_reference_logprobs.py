@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checksums import params_fingerprint
+from spo_jax.checkpoints.checksums import params_fingerprint
 from spo_jax.data.reference import (
     default_cache_dir,
     fingerprint,
     load_or_precompute,
     precompute,
 )
-from spo_jax.sharding import make_mesh, tree_shardings
+from spo_jax.parallel.mesh import make_mesh, tree_shardings
 
 
 def toy(dtype=jnp.float32):

@@ -6,8 +6,8 @@ from matplotlib import rcParams
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from spo_jax.figures import FIGURES, GROUPS, Curve, Probe, RunCurves, draw, figure_to_png
-from spo_jax.figures.style import COLOURS, Limits, colour, marker, running_mean, smoothing_window
+from spo_jax.report.figures import FIGURES, GROUPS, Curve, Probe, RunCurves, draw, figure_to_png
+from spo_jax.report.style import COLOURS, Limits, colour, marker, running_mean, smoothing_window
 
 STEPS = np.arange(1.0, 41.0)
 

@@ -10,8 +10,8 @@ import pytest
 
 from spo_jax import report
 from spo_jax.cli import main
-from spo_jax.figures import FIGURES
 from spo_jax.report import make_report
+from spo_jax.report.figures import FIGURES
 from spo_jax.report.page import Picture, Samples, Section, make_page
 from spo_jax.report.runs import find_stages, read_description, read_stage, tolerance_of
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from spo_jax import builtin
-from spo_jax.builtin import PAIRS_FILE, builtin_data
-from spo_jax.make_pairs import Counts
-from spo_jax.prepare import Policy
-from spo_jax.validation import checked_config
+from spo_jax.config.validation import checked_config
+from spo_jax.policies.loading import Policy
+from spo_jax.sampling import builtin as builtin
+from spo_jax.sampling.builtin import PAIRS_FILE, builtin_data
+from spo_jax.sampling.make_pairs import Counts
 
 TREE = {
     "stages": ["sft", "preference"],

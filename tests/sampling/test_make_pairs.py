@@ -12,17 +12,24 @@ import numpy as np
 import pytest
 import yaml
 
+from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.cli import main
-from spo_jax.config import DataConfig, ModelConfig
+from spo_jax.config.schema import DataConfig, ModelConfig
 from spo_jax.data import TextRows, encode_prompts, load_tokenizer, tokenize_rows
-from spo_jax.evaluate import Completion
-from spo_jax.make_pairs import PairSettings, Problem, core, making, sampling, write_pairs
-from spo_jax.make_pairs.core import Counts, pairs_of_samples, row_to_problem, split_ending
-from spo_jax.make_pairs.files import PARTIAL, PairFile, meta_path
-from spo_jax.make_pairs.summary import Progress, summary
 from spo_jax.models import save_pretrained
-from spo_jax.prepare import Policy, load_policy, prepare_rows, read_rows
-from spo_jax.sharding import make_mesh
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.policies.completions import Completion
+from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.rows import prepare_rows, read_rows
+from spo_jax.sampling.make_pairs import PairSettings, Problem, draws, making, pairing, write_pairs
+from spo_jax.sampling.make_pairs.journal import PARTIAL, PairFile, meta_path
+from spo_jax.sampling.make_pairs.pairing import (
+    Counts,
+    pairs_of_samples,
+    row_to_problem,
+    split_ending,
+)
+from spo_jax.sampling.make_pairs.summary import Progress, summary
 from spo_jax.tasks import arithmetic
 from spo_jax.types import PreferenceRow, SFTRow
 from tests.data.tiny_data import CHATML, char_vocab, ids, make_char_tokenizer, make_marked_tokenizer
@@ -213,7 +220,7 @@ def make(monkeypatch, tokenizer_folder):
     monkeypatch.setattr(making, "BLOCK", 2)
 
     def run(out, sampler=None, problems=PROBLEMS, settings=SETTINGS, **options):
-        monkeypatch.setattr(sampling, "complete", sampler or Sampler())
+        monkeypatch.setattr(draws, "complete", sampler or Sampler())
         kept = policy._replace(params=options.pop("params", params))
         options = {"batch_size": 2, "model": "mine", **options}
         return write_pairs(kept, problems, out, settings, **options)
@@ -410,7 +417,7 @@ def test_without_a_terminal_a_line_now_and_then(capsys):
 
 
 def test_training_loads_the_file_as_pairs(make, tmp_path, tokenizer_folder):
-    from spo_jax.evaluation import detect_kind
+    from spo_jax.evaluation.scoring import detect_kind
 
     out = tmp_path / "new" / "pairs.jsonl"
     make(out)
@@ -448,7 +455,7 @@ def stand_in(monkeypatch, sampled):
             for ids in sampled[: len(prompts)]
         ]
 
-    monkeypatch.setattr(sampling, "complete", complete)
+    monkeypatch.setattr(draws, "complete", complete)
     return given
 
 
@@ -535,7 +542,7 @@ def test_samples_that_training_would_spell_otherwise_are_counted():
         return Completion(text, True, made)
 
     some = [sampled("12"), sampled("1", "2"), sampled("▁the")]
-    assert sampling.count_respelled(tokenizer, some) == 1
+    assert draws.count_respelled(tokenizer, some) == 1
 
 
 # With a model
@@ -555,7 +562,7 @@ def random_model(random_policy, tmp_path_factory):
     save_pretrained(folder, random_policy.params, random_policy.model, source=random_policy.folder)
     data = folder.parent / "data.jsonl"
     problems = [arithmetic.solve(i, 3, 1) for i in range(6)]
-    arithmetic.write_rows(data, [p._asdict() for p in problems])
+    write_rows(data, [p._asdict() for p in problems])
     return folder, data
 
 
@@ -571,9 +578,7 @@ def test_what_is_drawn_for_a_row_depends_on_nothing_beside_it(random_policy):
 
     def draw(rows, settings=settings, batch_size=3):
         some = [prompts[i] for i in rows]
-        drawn = sampling.draw_samples(
-            random_policy, some, settings, rows=rows, batch_size=batch_size
-        )
+        drawn = draws.draw_samples(random_policy, some, settings, rows=rows, batch_size=batch_size)
         return [[sample.ids for sample in samples] for samples in drawn]
 
     found = draw([0, 1, 2, 3, 4])
@@ -634,5 +639,5 @@ def test_rows_that_cannot_be_graded_are_left_out(random_policy, capsys):
 
 def test_counts_add_up():
     some = Counts(prompts=1, samples=2, pairs=3)
-    assert core.total([some, some]) == Counts(prompts=2, samples=4, pairs=6)
-    assert core.total([]) == Counts()
+    assert pairing.total([some, some]) == Counts(prompts=2, samples=4, pairs=6)
+    assert pairing.total([]) == Counts()

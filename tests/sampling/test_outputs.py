@@ -10,9 +10,9 @@ import pytest
 from spo_jax.cli import main
 from spo_jax.data import make_chat_format
 from spo_jax.data.chat import BadRow
-from spo_jax.evaluate import Completion, complete
 from spo_jax.models import init_model, load_model, load_params, save_pretrained
-from spo_jax.outputs import Partial, length_report, read_prompt
+from spo_jax.policies.completions import Completion, complete
+from spo_jax.sampling.outputs import Partial, length_report, read_prompt
 from tests.data.tiny_data import CHATML, char_vocab, make_char_tokenizer
 from tests.tiny import ARCHITECTURE
 
@@ -157,7 +157,7 @@ def test_a_stopped_start_goes_on(folder, data, tmp_path, capsys, monkeypatch):
     class Stop(Exception):
         pass
 
-    from spo_jax import outputs
+    from spo_jax.sampling import outputs as outputs
 
     plain = outputs.complete_batches
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.bandit import Bandit, log_policy, make_bandit_levels
+from spo_jax.dynamics.bandit import Bandit, log_policy, make_bandit_levels
 from spo_jax.losses import make_preference_loss
 from spo_jax.solvers import Levels, make_levels
 

@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from spo_jax.config import OptimizerConfig
-from spo_jax.config_io import ConfigError
-from spo_jax.optimizers import (
+from spo_jax.config.parsing import ConfigError
+from spo_jax.config.schema import OptimizerConfig
+from spo_jax.config.validation import checked_config
+from spo_jax.solvers.optimizers import (
     decay_mask,
     make_optimizer,
     make_schedule,
     optimizer_options,
 )
-from spo_jax.validation import checked_config
 from tests.tiny import tiny_model
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")

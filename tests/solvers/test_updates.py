@@ -22,7 +22,7 @@ from spo_jax.solvers import (
     make_unrolled_first_order,
 )
 from spo_jax.solvers.base import inner_product, take_inner_steps
-from spo_jax.step import jit_step
+from spo_jax.training.update import jit_step
 from tests.solvers.test_solvers import START, A, B, assert_near, assert_same, half_square, levels
 
 WITH_INNER_STEPS = (make_alternating, make_unrolled, make_unrolled_first_order)

@@ -8,10 +8,10 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from spo_jax.figures import Curve, RunCurves, figure_to_png
-from spo_jax.study.figures import FIGURES, draw
+from spo_jax.report.figures import Curve, RunCurves, figure_to_png
 from spo_jax.study.looks import colours, markers
 from spo_jax.study.over_updates import read_curves
+from spo_jax.study.pictures import FIGURES, draw
 from spo_jax.study.table import MISSING
 from tests.study.grids import ACCURACIES, PREFERENCE, grid, record, study, swept, with_rows
 

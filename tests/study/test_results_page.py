@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from spo_jax.report.page import Grid, Section, make_page
-from spo_jax.study import page
-from spo_jax.study.figures import FIGURES
-from spo_jax.study.page import make_study_page
+from spo_jax.study import results_page
+from spo_jax.study.pictures import FIGURES
+from spo_jax.study.results_page import make_study_page
 from tests.study.grids import grid, record, study
 
 EVIL = '<script>alert("http://x.example/?a=1&b")</script>'
@@ -57,7 +57,7 @@ def read(path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """For what the pictures do not matter to."""
-    monkeypatch.setattr(page, "FIGURES", {})
+    monkeypatch.setattr(results_page, "FIGURES", {})
 
 
 def test_the_page_is_one_file_without_network_or_script(tmp_path):
@@ -181,7 +181,7 @@ def test_a_grid_is_escaped_and_stands_before_the_pictures():
 def test_the_evidence_needs_no_accelerator_library_of_its_own():
     """Beside what ``spo_jax`` and the report load, nothing starts JAX' devices."""
     program = (
-        "import spo_jax.study.page, jax\n"
+        "import spo_jax.study.results_page, jax\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend was started'\n"
     )

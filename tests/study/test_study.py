@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from spo_jax.cli import main
-from spo_jax.config_io import ConfigError
+from spo_jax.config.parsing import ConfigError
 from spo_jax.study import read_evidence, read_study, run_study
-from spo_jax.study.config import resolved, run_cells, start_cells
+from spo_jax.study.grid import resolved, run_cells, start_cells
 from spo_jax.study.runner import _shares, read_result
 from tests.tiny import ARCHITECTURE
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.data import load_tokenizer
 from spo_jax.tasks.arithmetic import (
     Problem,
@@ -12,7 +13,6 @@ from spo_jax.tasks.arithmetic import (
     make_problems,
     solve,
     vocabulary_size,
-    write_rows,
     write_tokenizer,
 )
 

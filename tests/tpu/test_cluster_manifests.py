@@ -15,8 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.cluster_stubs import ROOT, TPU, Stubs
-from tests.test_cluster_scripts import CONFIG, parsed
+from tests.tpu.cluster_stubs import ROOT, TPU, Stubs
+from tests.tpu.test_cluster_scripts import CONFIG, parsed
 
 SCHEMA = json.loads((ROOT / "tests/schemas/gke.schema.json").read_text())
 MANIFESTS = sorted((TPU / "gke").glob("*.yaml"))

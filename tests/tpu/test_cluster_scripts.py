@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from spo_jax.cli import make_parser
-from spo_jax.cli.training import read_overrides
-from spo_jax.validation import load_config
-from tests.cluster_stubs import TPU, Stubs, commands, remote
+from spo_jax.cli.train import read_overrides
+from spo_jax.config.validation import load_config
+from tests.tpu.cluster_stubs import TPU, Stubs, commands, remote
 
 SCRIPTS = sorted(p for p in TPU.rglob("*") if p.suffix in (".sh", ".sbatch"))
 CONFIG = "configs/quickstart.yaml"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cluster_stubs import Stubs, worker_home
+from tests.tpu.cluster_stubs import Stubs, worker_home
 
 CONFIG = "configs/quickstart.yaml"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spo_jax.config import Named
-from spo_jax.prepare import inner_updates
+from spo_jax.config.schema import Named
+from spo_jax.training.assembly import inner_updates
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spo_jax import logprobs
+from spo_jax.config.validation import checked_config
+from spo_jax.objective import logprobs as logprobs
 from spo_jax.plan import compile_pair_update
-from spo_jax.validation import checked_config
 from tests.hlo import Collective, collectives
 
 V, D = 1856, 208

@@ -11,14 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from spo_jax.batches import Batches, positions
 from spo_jax.checkpoints import CheckpointError, Checkpoints
-from spo_jax.config import LoopConfig
-from spo_jax.distributed import Vote
-from spo_jax.loop import Counters, Throughput, run_loop
-from spo_jax.sharding import make_mesh
-from spo_jax.stopping import Diverged, Stopped, stop_signals
-from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
+from spo_jax.config.schema import LoopConfig
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.processes import Vote
+from spo_jax.training.batches import Batches, positions
+from spo_jax.training.loop import Counters, Throughput, run_loop
+from spo_jax.training.stopping import Diverged, Stopped, stop_signals
+from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
 
 
@@ -201,7 +201,7 @@ def test_a_signal_is_not_kept_waiting_by_a_probe(tmp_path):
 def test_probing_is_no_training_time(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr("spo_jax.loop.time", clock)
+    monkeypatch.setattr("spo_jax.training.loop.time", clock)
 
     def a_second(state, batch):
         clock.now += 1
@@ -342,7 +342,7 @@ def test_counting_positions_of_both_levels():
 def test_throughput_leaves_pauses_out(monkeypatch):
     clock = iter([0.0, 2.0, 100.0, 101.0])
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr("spo_jax.loop.time", fake)
+    monkeypatch.setattr("spo_jax.training.loop.time", fake)
     throughput = Throughput()
     assert throughput.add(50) == 0.0
     assert throughput.add(10) == 5.0

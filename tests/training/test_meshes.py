@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from spo_jax import logprobs
 from spo_jax.models import Execution
-from spo_jax.sharding import make_mesh, place_batch, tree_shardings
+from spo_jax.objective import logprobs as logprobs
+from spo_jax.parallel.mesh import make_mesh, place_batch, tree_shardings
 from spo_jax.solvers import SOLVERS
-from spo_jax.step import jit_step, shard_state
-from tests.test_solvers_on_models import KEY, batch_of, make_step
+from spo_jax.training.update import jit_step, shard_state
 from tests.tiny import tiny_model, tiny_params
+from tests.training.test_solvers_on_models import KEY, batch_of, make_step
 
 # A vocabulary that all axes divide, so that the head is cut; ids stay below 53.
 CONFIG = dataclasses.replace(tiny_model().config, vocab_size=56, num_heads=4, num_kv_heads=2)

@@ -11,12 +11,12 @@ import yaml
 
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.cli import main
-from spo_jax.config_io import read_tree
+from spo_jax.config.parsing import read_tree
+from spo_jax.config.validation import checked_config
 from spo_jax.models import load_model, load_params
 from spo_jax.tasks import arithmetic
-from spo_jax.trackers import read_metrics
-from spo_jax.train import Trainer
-from spo_jax.validation import checked_config
+from spo_jax.training.run import Trainer
+from spo_jax.training.trackers import read_metrics
 from tests.tiny import ARCHITECTURE
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.losses import LOSSES, make_preference_loss
-from spo_jax.objectives import completion_logprobs, make_objective
-from spo_jax.sharding import make_mesh, place_batch, sharded_shapes
+from spo_jax.objective.levels import completion_logprobs, make_objective
+from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
 from spo_jax.solvers import (
     SOLVERS,
     make_alternating,
@@ -21,7 +21,7 @@ from spo_jax.solvers import (
     make_unrolled,
     make_unrolled_first_order,
 )
-from spo_jax.step import init_state, jit_step, make_train_step, shard_state
+from spo_jax.training.update import init_state, jit_step, make_train_step, shard_state
 from spo_jax.types import BilevelBatch
 from tests.losses.test_preference import HYPER
 from tests.tiny import Bigram, random_batch, tiny_logprobs, tiny_model, tiny_params

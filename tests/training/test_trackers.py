@@ -7,7 +7,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from spo_jax.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
+from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 
 
 def lines(folder):

@@ -7,7 +7,7 @@ import pytest
 
 from spo_jax.solvers import SOLVERS
 from spo_jax.types import BilevelBatch
-from tests.test_solvers_on_models import KEY, PARAMS, batch_of, make_step
+from tests.training.test_solvers_on_models import KEY, PARAMS, batch_of, make_step
 
 
 def poisoned(batch, level):
@@ -55,11 +55,11 @@ def test_infinite_parameters_after_an_inner_step_are_not_kept():
     import optax
 
     from spo_jax.losses import make_preference_loss
-    from spo_jax.objectives import make_objective
+    from spo_jax.objective.levels import make_objective
     from spo_jax.solvers import make_alternating
-    from spo_jax.step import init_state, make_train_step
-    from tests.test_solvers_on_models import MODEL
+    from spo_jax.training.update import init_state, make_train_step
     from tests.tiny import tiny_logprobs
+    from tests.training.test_solvers_on_models import MODEL
 
     objective = make_objective(tiny_logprobs(MODEL), make_preference_loss("dpo", beta=0.5))
     solver = make_alternating(outer=optax.sgd(1e-3), inner=optax.sgd(1e38), inner_steps=3)

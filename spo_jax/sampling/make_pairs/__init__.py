@@ -1,14 +1,14 @@
 """Preference pairs from a policy's own mistakes.
 
-``core`` is pure: graded samples to rows. ``files`` is the file that survives a stop, ``making``
-samples block by block and writes.
+``pairing`` is pure: graded samples to rows. ``journal`` is the file that survives a stop,
+``making`` samples block by block and writes.
 """
 
-from spo_jax.make_pairs.core import Counts, Problem, pairs_of_samples, row_to_problem
-from spo_jax.make_pairs.files import meta_path
-from spo_jax.make_pairs.making import make_pairs, write_pairs
-from spo_jax.make_pairs.settings import PairSettings
-from spo_jax.make_pairs.summary import summary
+from spo_jax.sampling.make_pairs.journal import meta_path
+from spo_jax.sampling.make_pairs.making import make_pairs, write_pairs
+from spo_jax.sampling.make_pairs.pairing import Counts, Problem, pairs_of_samples, row_to_problem
+from spo_jax.sampling.make_pairs.settings import PairSettings
+from spo_jax.sampling.make_pairs.summary import summary
 
 __all__ = [
     "Counts",

@@ -16,9 +16,10 @@ import numpy as np
 
 from spo_jax.data import encode_prompts
 from spo_jax.data.pieces import make_piece_encoder
-from spo_jax.evaluate import Completion, complete, stop_ids
-from spo_jax.make_pairs.settings import PairSettings
-from spo_jax.prepare import Policy, say
+from spo_jax.parallel.processes import say
+from spo_jax.policies.completions import Completion, complete, stop_ids
+from spo_jax.policies.loading import Policy
+from spo_jax.sampling.make_pairs.settings import PairSettings
 
 BLOCK = 256
 """Prompts sampled together; a stop costs at most one block."""

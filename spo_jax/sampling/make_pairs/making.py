@@ -11,12 +11,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spo_jax.checksums import params_fingerprint
-from spo_jax.config import DataConfig, ModelConfig
+from spo_jax.checkpoints.checksums import params_fingerprint
+from spo_jax.config.schema import DataConfig, ModelConfig
 from spo_jax.data import TextRows
-from spo_jax.distributed import by_first
-from spo_jax.evaluate import Completion
-from spo_jax.make_pairs.core import (
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.completions import Completion
+from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.rows import read_rows
+from spo_jax.sampling.make_pairs.draws import (
+    BLOCK,
+    checked_prompt_ids,
+    count_respelled,
+    draw_samples,
+)
+from spo_jax.sampling.make_pairs.journal import PairFile, check_free
+from spo_jax.sampling.make_pairs.pairing import (
     Counts,
     Grader,
     Problem,
@@ -25,12 +35,8 @@ from spo_jax.make_pairs.core import (
     row_to_problem,
     total,
 )
-from spo_jax.make_pairs.files import PairFile, check_free
-from spo_jax.make_pairs.sampling import BLOCK, checked_prompt_ids, count_respelled, draw_samples
-from spo_jax.make_pairs.settings import PairSettings
-from spo_jax.make_pairs.summary import Progress, why_no_pairs
-from spo_jax.prepare import Policy, load_policy, read_rows, say
-from spo_jax.sharding import make_mesh
+from spo_jax.sampling.make_pairs.settings import PairSettings
+from spo_jax.sampling.make_pairs.summary import Progress, why_no_pairs
 from spo_jax.tasks import TASKS, Task
 
 

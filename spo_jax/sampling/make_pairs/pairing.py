@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from spo_jax.evaluate import Completion
+from spo_jax.policies.completions import Completion
 from spo_jax.types import PreferenceRow, SFTRow
 
 Grader: TypeAlias = Callable[[str, str, str], bool]

@@ -6,9 +6,9 @@ import time
 
 from tqdm import tqdm
 
-from spo_jax.make_pairs.core import Counts
-from spo_jax.make_pairs.settings import PairSettings
-from spo_jax.prepare import say
+from spo_jax.parallel.processes import say
+from spo_jax.sampling.make_pairs.pairing import Counts
+from spo_jax.sampling.make_pairs.settings import PairSettings
 
 
 class Progress:
