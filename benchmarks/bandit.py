@@ -15,10 +15,15 @@ from pathlib import Path
 import numpy as np
 import optax
 
-from spo_jax.dynamics.bandit import make_bandit_levels, make_shift_bandit, masses, simulate
-from spo_jax.losses import make_preference_loss
+from spo_jax import (
+    make_bandit_levels,
+    make_preference_loss,
+    make_shift_bandit,
+    make_solver,
+    masses,
+    simulate,
+)
 from spo_jax.report.figures import COLOURS, figure_style, figure_to_png, make_axes
-from spo_jax.solvers import make_solver
 
 LOSSES = {
     "dpo": {"beta": 0.1},

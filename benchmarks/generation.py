@@ -26,8 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from spo_jax.models import init_model, load_model, load_params, save_pretrained
-from spo_jax.policies.generate import generate
+from spo_jax import generate, init_model, load_model, load_params, save_pretrained
 
 ARCHITECTURE = {
     "model_type": "llama",

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spo_jax.models import Execution, Model, init_model
-from spo_jax.types import CompletionBatch
+from spo_jax import CompletionBatch, Execution, Model, init_model
 
 
 def make_llama(

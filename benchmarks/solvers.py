@@ -22,11 +22,16 @@ import numpy as np
 import optax
 from shared import make_llama, random_rows
 
-from spo_jax.losses import make_preference_loss
-from spo_jax.objective.levels import make_logprobs_fn, make_objective
-from spo_jax.solvers import make_solver
-from spo_jax.training.update import init_state, jit_step, make_train_step
-from spo_jax.types import BilevelBatch
+from spo_jax import (
+    BilevelBatch,
+    init_state,
+    jit_step,
+    make_logprobs_fn,
+    make_objective,
+    make_preference_loss,
+    make_solver,
+    make_train_step,
+)
 
 VOCABULARY = 32000
 SIDES = {

@@ -7,9 +7,16 @@ them. Source: arXiv 2507.07723. Names below are imported when first used.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Said at the first import of transformers where PyTorch is missing, as it may well be here.
+_NOT_ABOUT_A_RUN = "PyTorch was not found"
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith(_NOT_ABOUT_A_RUN)
+)
 
 _PUBLIC = {
     "spo_jax.types": (
@@ -39,7 +46,7 @@ _PUBLIC = {
     ),
     "spo_jax.dynamics.law": ("make_exact_law make_head_law make_mass law_terms loss_coefficients"),
     "spo_jax.training.update": "make_train_step jit_step init_state shard_state",
-    "spo_jax.training.run": "Trainer",
+    "spo_jax.training.run": "train judge_start",
     "spo_jax.report": "make_report",
     "spo_jax.study": "read_study run_study read_evidence make_study_page",
 }

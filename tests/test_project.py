@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import re
 import shlex
@@ -145,31 +146,20 @@ def test_requirements_pin_every_dependency():
     assert {re.match(r"[\w.-]+", name)[0].lower() for name in wanted} <= pinned
 
 
-# One direction of dependency
+# The rooms: one direction of dependency
 
-LAYERS = (
-    ("types", "constraints", "config", "atomic", "checksums", "distributed"),
-    ("config_io", "run_folder"),
-    ("changes",),
-    (
-        "losses", "logprobs", "solvers", "models", "data",
-        "sharding", "optimizers", "checkpoints", "trackers", "tasks", "figures",
-        "text_statistics", "batches", "stopping",
-    ),
-    ("terms",),
-    ("objectives", "generate", "bandit"),
-    ("evaluate", "prepare", "validation", "loop", "step", "dynamics"),
-    ("answers", "make_pairs", "probe_set"),
-    ("builtin",),
-    ("probes",),
-    ("stages",),
-    ("assembly",),
-    ("train", "evaluation", "export", "report", "outputs", "judging"),
-    ("probing", "study", "plan"),
-    ("cli",),
-    ("__main__",),
-)  # fmt: skip
-"""A room imports from earlier lines only; ``__init__``, the public API, may see all of them."""
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+MAX_FLOORS, MAX_ARROWS = 8, 90
+
+
+def fenced(title: str) -> list[str]:
+    """The lines of the first block of code below a heading of CONTRIBUTING."""
+    _, _, text = CONTRIBUTING.partition(f"## {title}\n")
+    return re.search(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1].splitlines()
+
+
+LAYERS = [line.split() for line in fenced("One direction")]
+"""The rule of directions as CONTRIBUTING prints it: a room imports from earlier lines only."""
 
 LAYER = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -188,7 +178,13 @@ def room_of_file(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every ``module.name`` a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -197,7 +193,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{shown(path)}:{node.lineno}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def own_imports(path: Path) -> set[str]:
@@ -213,9 +209,26 @@ def files_of(room: str) -> list[Path]:
     return [path for path in MODULES if room_of_file(path) == room]
 
 
-def test_every_room_has_its_layer():
+def arrows() -> set[tuple[str, str]]:
+    """Which room imports from which; the front door, which names all of them lazily, is none."""
+    return {
+        (room_of_file(path), room_of(name))
+        for path in MODULES
+        for name in own_imports(path)
+        if room_of(name) not in ("__init__", room_of_file(path))
+    }
+
+
+def test_the_top_of_the_package_is_rooms():
+    files = {path.name for path in PACKAGE.glob("*.py")}
+    assert files == {"__init__.py", "__main__.py", "types.py"}
+
+
+def test_every_room_has_its_layer_and_its_line_in_the_tree():
     rooms = {room_of_file(path) for path in MODULES} - {"__init__"}
-    assert rooms == set(LAYER), "enter the room into LAYERS"
+    assert rooms == set(LAYER), "enter the room into CONTRIBUTING, One direction"
+    tree = {line.split()[0].removesuffix("/").removesuffix(".py") for line in fenced("The house")}
+    assert rooms - {"__main__"} <= tree, "enter the room into CONTRIBUTING, The house"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p != PACKAGE / "__init__.py"], ids=shown)
@@ -229,45 +242,93 @@ def test_imports_go_one_way(path):
             assert LAYER[target] < LAYER[room], f"{room} imports {name}"
 
 
+def test_floors_and_arrows_between_rooms():
+    assert len(LAYERS) <= MAX_FLOORS
+    found = arrows()
+
+    def floor(room: str) -> int:  # ends: imports go one way
+        return 1 + max((floor(target) for source, target in found if source == room), default=0)
+
+    assert max(map(floor, LAYER)) <= MAX_FLOORS
+    assert len(found) <= MAX_ARROWS
+
+
+def test_no_file_name_twice():
+    names = sorted(path.name for path in MODULES if path.name != "__init__.py")
+    assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
+_ENDINGS = (
+    "", "e", "s", "es", "ed", "d", "er", "ers", "or", "ors", "r", "ing", "ings", "ion", "ions",
+    "ation", "ations", "ated", "ment", "ments", "y", "ies", "al", "able",
+)  # fmt: skip
+
+
+def differ_by_an_ending(a: str, b: str) -> bool:
+    """``table`` and ``tables``, ``evaluate`` and ``evaluation``, ``probes`` and ``probe_set``."""
+    words, others = a.split("_"), b.split("_")
+    if len(words) > 1 and len(others) > 1 and words[1:] != others[1:]:
+        return False
+    a, b = words[0], others[0]
+    same = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), min(len(a), len(b)))
+    return same >= 3 and a[same:] in _ENDINGS and b[same:] in _ENDINGS
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("evaluate", "evaluation"), ("probe_set", "probes"), ("probes", "probing"),
+     ("search", "searching"), ("table", "tables"), ("generate", "generation"),
+     ("train", "training")],
+)  # fmt: skip
+def test_the_pairs_that_once_differed_by_an_ending_are_known(a, b):
+    assert differ_by_an_ending(a, b)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({p.parent for p in MODULES}), ids=lambda folder: shown(folder)
+)
+def test_no_two_names_in_a_room_differ_by_an_ending(folder):
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    names |= {path.parent.name for path in folder.glob("*/__init__.py")}
+    alike = [(a, b) for a in names for b in names if a < b and differ_by_an_ending(a, b)]
+    assert not alike
+
+
+def test_from_the_command_to_the_update_are_two_modules_at_most():
+    """Between ``cli.train`` and ``training.update``, along imports."""
+    seen, reached = 0, {"spo_jax.cli.train"}
+    by_module = {module_of(path): path for path in MODULES}
+    while "spo_jax.training.update" not in reached:
+        seen += 1
+        names = {name for module in reached for name in own_imports(by_module[module])}
+        reached |= {m for name in names for m in (name, name.rpartition(".")[0]) if m in by_module}
+        assert seen <= 3
+
+
 @pytest.mark.parametrize(
     ("room", "sees"),
     [
-        ("solvers", ("spo_jax.solvers",)),
-        ("losses", ("spo_jax.losses", "spo_jax.types")),
-        ("logprobs", ("spo_jax.types", "spo_jax.parallel.constraints")),
-        ("models", ("spo_jax.models", "spo_jax.types", "spo_jax.parallel.constraints")),
-        ("data", ("spo_jax.data", "spo_jax.types", "spo_jax.parallel.processes")),
-        ("terms", ("spo_jax.losses", "spo_jax.objective.logprobs", "spo_jax.types")),
-        (
-            "objectives",
-            (
-                "spo_jax.objective.terms", "spo_jax.losses", "spo_jax.objective.logprobs", "spo_jax.types",
-                "spo_jax.solvers.base",
-            ),
-        ),
+        ("solvers", "solvers"),
+        ("losses", "losses"),
+        ("tasks", "tasks"),
+        ("parallel", "parallel"),
+        ("models", "models types parallel"),
+        ("data", "data types parallel"),
+        ("checkpoints", "checkpoints types parallel"),
+        ("objective", "objective losses types parallel solvers.base"),
+        ("config", "config losses solvers tasks"),
     ],
-)  # fmt: skip
+)
 def test_what_a_room_may_see(room, sees):
+    allowed = tuple(f"spo_jax.{name}." for name in sees.split())
     for path in files_of(room):
-        outside = {
-            n for n in own_imports(path) if not f"{n}.".startswith(tuple(f"{s}." for s in sees))
-        }
+        outside = {n for n in own_imports(path) if not f"{n}.".startswith(allowed)}
         assert not outside, f"{shown(path)} imports {outside}"
 
 
 def test_losses_know_no_parameters():
     for path in files_of("losses"):
-        assert "spo_jax.types.Params" not in imports(path), shown(path)
-
-
-@pytest.mark.parametrize(
-    "room", [r for layer in LAYERS[LAYER["losses"] : LAYER["evaluate"]] for r in layer]
-)
-def test_middle_rooms_know_no_configuration(room):
-    """Hyper-parameters reach them as keywords; the assembly reads them off the ``Config``."""
-    for path in files_of(room):
-        outside = {n for n in own_imports(path) if room_of(n) in ("config", "config_io")}
-        assert not outside, f"{shown(path)} imports {outside}"
+        assert "Params" not in path.read_text(), shown(path)
 
 
 def test_flax_stays_inside_models():
@@ -277,6 +338,18 @@ def test_flax_stays_inside_models():
 
 def test_torch_is_nowhere():
     assert not [shown(p) for p in MODULES if "torch" in packages(p)]
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    own = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").is_file()}
+    assert own == rooms | {"tpu"}
+
+
+def test_readme_imports_the_front_door():
+    names = re.findall(r"^\s*(?:from|import) (spo_jax[\w.]*)", code("README.md"), re.MULTILINE)
+    assert names
+    assert all(name.count(".") <= 1 for name in names), names
 
 
 # Size and documentation

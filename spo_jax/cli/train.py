@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -134,13 +133,14 @@ def _train(options: argparse.Namespace) -> int:
             )
         only = "sft"
 
-    from spo_jax.checkpoints.atomic import replace_text
     from spo_jax.parallel.processes import is_first, say
-    from spo_jax.training.run import Trainer
+    from spo_jax.training.resuming import write_results
+    from spo_jax.training.run import train
 
-    trainer = Trainer(config, resume=options.resume, only=only, allow_changes=options.allow_changes)
     try:
-        results = trainer.run()
+        results = train(
+            config, resume=options.resume, only=only, allow_changes=options.allow_changes
+        )
     except Stopped as stopped:
         say(
             f"\n{stopped}; everything is saved in {config.output_dir}. Go on with: "
@@ -150,7 +150,7 @@ def _train(options: argparse.Namespace) -> int:
     table = [{"stage": stage, **result.metrics} for stage, result in results.items()]
     if not is_first():
         return 0
-    replace_text(trainer.root / "results.json", json.dumps(table, indent=2) + "\n")
+    write_results(config, table)
     print(format_table(table, _title(config)))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")

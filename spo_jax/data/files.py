@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import io
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from spo_jax.parallel.processes import say
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -121,11 +124,27 @@ def _names_split(path: Path, split: str) -> bool:
     return re.search(rf"(^|[-._/]){re.escape(split)}($|[-._/])", path.as_posix()) is not None
 
 
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """How far a library is with its own work is not about the run."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def _load_hub(name: str, split: str, subset: str | None) -> Any:
     import datasets
 
+    say(f"{name}: the data set of that name on the hub, or the copy kept of it")
     try:
-        return datasets.load_dataset(name, subset, split=split)
+        with _no_progress():
+            return datasets.load_dataset(name, subset, split=split)
     except ConnectionError as error:
         raise ConnectionError(
             f"{name!r} is no local file or folder, and the hub cannot be reached ({error}): "
@@ -142,7 +161,8 @@ def _read_parquet(path: Path) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        with _no_progress():
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from spo_jax.parallel.processes import say
 
 _DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "vocab.*", "merges.txt", "*.jinja"]
 
@@ -23,13 +27,29 @@ def resolve_model_folder(name_or_path: str | os.PathLike) -> Path:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
         from huggingface_hub import snapshot_download
 
+        say(f"{name}: the model of that name on the hub, or the copy kept of it")
         try:
-            return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+            with _no_progress():
+                return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
         except Exception as cause:  # the hub client fails in many ways; all mean the same here
             brief = str(cause).strip().partition("\n")[0]
             reason = f", and the Hugging Face hub gave no model of that name ({brief})"
             raise FileNotFoundError(_no_folder(name, reason)) from cause
     raise FileNotFoundError(_no_folder(name, " and it is not a hub name (owner/model)"))
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """How far a library is with its own work is not about the run."""
+    from huggingface_hub import utils
+
+    hidden = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            utils.enable_progress_bars()
 
 
 def load_hf_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from spo_jax.config.schema import Config, DataConfig, DynamicsConfig, LoopConfig
+from spo_jax.config.schema import Config, DataConfig
 from spo_jax.models import Model, init_model
 from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
-from spo_jax.policies.loading import Policy, execution
-from spo_jax.training.assembly import Assembly
-from spo_jax.training.stages import Stage, lower_step
-from spo_jax.types import BilevelBatch, CompletionBatch
+from spo_jax.policies.loading import execution
+from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage, preference_loss
+from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 _STEPS = 1000
 """Stands for a length that only the data would tell: a number in the schedule, not a shape."""
@@ -41,9 +40,12 @@ class Rows(NamedTuple):
 
 
 class Assembled(NamedTuple):
-    """A stage with the shapes of its batch; ``batch`` as shapes that know where they lie."""
+    """A stage with all that its update is given, as shapes that know where they lie."""
 
     stage: Stage
+    mesh: Mesh
+    params: Params
+    reference_params: Params | None
     batch: BilevelBatch
     rows: tuple[Rows, ...]
 
@@ -75,11 +77,6 @@ def default_lengths(data: DataConfig) -> tuple[int, int]:
     return prompt, buckets[-1] if buckets else data.max_completion_length
 
 
-def stage_loop(config: Config, stage: str) -> LoopConfig:
-    """The section that says how long a stage is, and its batch."""
-    return config.sft if stage == "sft" else config.train
-
-
 def stage_rows(
     config: Config, stage: str, *, prompt_length: int | None, completion_length: int | None
 ) -> tuple[Rows, ...]:
@@ -91,7 +88,7 @@ def stage_rows(
             level, count, branches, prompt_length or prompt, completion_length or completion
         )
 
-    loop = stage_loop(config, stage)
+    loop = loop_of(config, stage)
     if stage == "sft":
         return (rows("sft", config.sft_data, loop.batch_size, 1),)
     found = [rows("preference", config.data, loop.batch_size, 2)]
@@ -117,32 +114,20 @@ def assemble(
     Raises:
         ValueError: a batch that does not divide over the mesh.
     """
-    micro = stage_loop(config, stage).gradient_accumulation
+    micro = loop_of(config, stage).gradient_accumulation
     for part in rows:
         name = {"sft": "sft.batch_size"}.get(stage, "train.batch_size")
         if part.level == "sft" and stage != "sft":
             name = "train.inner_batch_size"
         check_batch_size(name, part.count, micro, mesh)
     params = sharded_shapes(model.abstract_params(), mesh)
-    assembly = Assembly(_without_data(config), mesh=mesh)
-    policy = Policy(model, params, None, Path())
-    if stage == "sft":
-        found = assembly.sft_stage(Path(), policy)
-    else:
-        online = config.reference.mode == "online"
-        found = assembly.pair_stage(stage, Path(), policy, params if online else None)
+    steps = loop_of(config, stage).steps or _STEPS
+    found = make_stage(config, stage, model, preference_loss(config), mesh, steps=steps)
+    online = stage != "sft" and config.reference.mode == "online"
     frozen = stage != "sft" and config.reference.mode == "precomputed"
     batch = {part.level: _row_shapes(part, frozen=frozen, mesh=mesh) for part in rows}
-    return Assembled(found, BilevelBatch(**batch), tuple(rows))
-
-
-def _without_data(config: Config) -> Config:
-    """``config`` such that no data is read to assemble a stage."""
-    loops = {
-        name: dataclasses.replace(loop, steps=loop.steps or _STEPS, epochs=None)
-        for name, loop in (("train", config.train), ("sft", config.sft))
-    }
-    return dataclasses.replace(config, dynamics=DynamicsConfig(), **loops)
+    reference = params if online else None
+    return Assembled(found, mesh, params, reference, BilevelBatch(**batch), tuple(rows))
 
 
 def _row_shapes(rows: Rows, *, frozen: bool, mesh: Mesh) -> CompletionBatch:
@@ -175,8 +160,9 @@ def compile_assembled(assembled: Assembled) -> Compiled:
     Raises:
         DoesNotFit: the compiler found no way to fit it into the devices' memory.
     """
-    lowered = lower_step(assembled.stage, assembled.batch)
-    platform = assembled.stage.mesh.devices.flat[0].platform
+    stage, mesh, params, reference, batch, _ = assembled
+    lowered = lower_update(stage, params, mesh, reference, batch)
+    platform = mesh.devices.flat[0].platform
     with tempfile.TemporaryDirectory() as folder:
         # A TPU compiler newer than JAX may write instructions that JAX cannot print: it prints
         # them itself.

@@ -11,18 +11,17 @@ from spo_jax.config.schema import Config, MeshConfig
 from spo_jax.models import decoder_config_from_hf
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.plan.candidates import Candidate, Tried, best, choose, make_candidates, prune
-from spo_jax.plan.compiled import assemble, make_model, stage_loop, stage_rows
+from spo_jax.plan.compiled import assemble, make_model, stage_rows
 from spo_jax.plan.machines import Machine
 from spo_jax.plan.stage_plan import plan_stage, room_of
 from spo_jax.plan.tables import argument_bytes, gradient_bytes
+from spo_jax.training.stage import loop_of
 
 
 def with_candidate(config: Config, stage: str, candidate: Candidate) -> Config:
     """``config`` run the way of ``candidate``."""
     section = loop_section(stage)
-    loop = dataclasses.replace(
-        stage_loop(config, stage), gradient_accumulation=candidate.accumulation
-    )
+    loop = dataclasses.replace(loop_of(config, stage), gradient_accumulation=candidate.accumulation)
     model = dataclasses.replace(config.model, remat=candidate.remat, attention=candidate.attention)
     mesh = MeshConfig(*candidate.mesh)
     return dataclasses.replace(config, mesh=mesh, model=model, **{section: loop})
@@ -92,7 +91,7 @@ def _candidates(config, architecture, machine, stage, lengths, remat, attention)
         kv_heads=decoder.num_kv_heads,
         remat=remat,
         attention=attention,
-        accumulation=stage_loop(config, stage).gradient_accumulation,
+        accumulation=loop_of(config, stage).gradient_accumulation,
     )
     if found:
         return found

@@ -20,13 +20,13 @@ from spo_jax.plan.compiled import (
     make_model,
     memory_summary,
     peak_memory,
-    stage_loop,
     stage_rows,
 )
 from spo_jax.plan.counts import Counts, Unreadable, count
 from spo_jax.plan.estimate import EFFICIENCY, count_parameters, model_flops, roofline
 from spo_jax.plan.machines import Machine
 from spo_jax.plan.tables import groups_of, large_unsharded
+from spo_jax.training.stage import loop_of
 
 RESERVE = 0.05
 """Share of a device's memory left for what is not in the program: the runtime, batches ahead."""
@@ -81,7 +81,7 @@ def plan_stage(
         config, stage, prompt_length=prompt_length, completion_length=completion_length
     )
     assembled = assemble(config, model, mesh, stage, parts)
-    loop = stage_loop(config, stage)
+    loop = loop_of(config, stage)
     record: dict[str, Any] = {
         "stage": stage,
         "parameters": count_parameters(model),
@@ -187,7 +187,7 @@ def _counted(counts: Counts, machine: Machine) -> dict[str, Any]:
 
 def _run(config: Config, stage: str, record: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
     """The whole stage: its updates, where they are known, and how long they take."""
-    loop = stage_loop(config, stage)
+    loop = loop_of(config, stage)
     updates = loop.steps
     if updates is None and rows is not None:
         updates = max(1, round(loop.epochs * (rows // loop.batch_size)))

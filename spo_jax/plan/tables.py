@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from spo_jax.parallel.mesh import BATCH, LeafSharding, sharding_table, unsharded
 from spo_jax.plan.compiled import Assembled
-from spo_jax.training.stages import state_shapes
+from spo_jax.training.stage import state_shapes
 
 _BATCH_RULES = ((r"", BATCH),)
 
@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 def groups_of(assembled: Assembled) -> list[Group]:
     """The arguments of an update: the train state, the reference's parameters, the batch."""
-    mesh = assembled.stage.mesh
+    mesh = assembled.mesh
     found = [
         Group(name, tuple(sharding_table(tree, mesh))) for name, tree in _state_parts(assembled)
     ]
@@ -40,7 +40,7 @@ def groups_of(assembled: Assembled) -> list[Group]:
 
 def large_unsharded(assembled: Assembled) -> list[LeafSharding]:
     """Leaves of the train state and the reference, large and not cut as far as the mesh goes."""
-    mesh = assembled.stage.mesh
+    mesh = assembled.mesh
     return [
         leaf._replace(path=f"{name}: {leaf.path}")
         for name, tree in _state_parts(assembled)
@@ -49,15 +49,14 @@ def large_unsharded(assembled: Assembled) -> list[LeafSharding]:
 
 
 def _state_parts(assembled: Assembled) -> list[tuple[str, Any]]:
-    stage = assembled.stage
-    state = state_shapes(stage)
+    state = state_shapes(assembled.stage, assembled.params, assembled.mesh)
     solver = state.solver
     return [
         ("parameters", solver.params),
         ("optimizer moments (outer)", solver.outer),
         ("optimizer moments (inner)", solver.inner),
         ("solver variables", solver.variables),
-        ("reference parameters", stage.reference_params),
+        ("reference parameters", assembled.reference_params),
         ("counters and statistics", (state.step, state.objective, state.key)),
     ]
 

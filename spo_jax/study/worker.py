@@ -90,11 +90,11 @@ def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
     from spo_jax.config.validation import checked_config
     from spo_jax.sampling.builtin import builtin_data
     from spo_jax.sampling.make_pairs import make_pairs
-    from spo_jax.training.run import Trainer
+    from spo_jax.training.run import judge_start, train
 
     config, metrics = checked_config(cell.tree), {}
     if has_sft(study):
-        finished = Trainer(config, resume=True).run()["sft"]
+        finished = train(config, resume=True)["sft"]
         metrics |= finished.metrics
         pairs = pairs_config(study, cell)
         if pairs is not None:
@@ -106,7 +106,7 @@ def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
     own = [c for c in run_cells(study) if (c.start, c.seed) == (cell.start, cell.seed)]
     if own:
         judged = {**own[0].tree, "output_dir": str(cell.folder / "judged")}
-        found = Trainer(checked_config(judged), resume=True).judge_start()
+        found = judge_start(checked_config(judged), resume=True)
         # Rewards are of no loss here, and against itself the start has none.
         metrics |= {k: v for k, v in found.items() if not k.startswith("rewards/") and k != "loss"}
         answers = cell.folder / "judged" / "answers.jsonl"
@@ -120,9 +120,9 @@ def _pairs(cell: Cell) -> dict[str, float]:
     import jax
 
     from spo_jax.config.validation import checked_config
-    from spo_jax.training.run import Trainer
+    from spo_jax.training.run import train
 
-    found = Trainer(checked_config(cell.tree), resume=True).run()["preference"].metrics
+    found = train(checked_config(cell.tree), resume=True)["preference"].metrics
     jax.clear_caches()
     return found
 

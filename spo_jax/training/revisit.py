@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spo_jax.checkpoints import CheckpointReader, load_reference
 from spo_jax.checkpoints.atomic import replace_text
@@ -17,8 +18,9 @@ from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
 from spo_jax.dynamics.probes import DYNAMICS_FILE, Probes
+from spo_jax.losses import PreferenceLoss
 from spo_jax.models import load_model
-from spo_jax.parallel.mesh import sharded_shapes
+from spo_jax.parallel.mesh import make_mesh, sharded_shapes
 from spo_jax.parallel.processes import say
 from spo_jax.policies.loading import (
     MODEL_FOLDER,
@@ -26,9 +28,10 @@ from spo_jax.policies.loading import (
     execution,
     is_run,
 )
+from spo_jax.policies.rows import Rows
 from spo_jax.sampling.builtin import PAIRS_FILE
-from spo_jax.training.run import Trainer
-from spo_jax.training.stages import compile_step, state_shapes
+from spo_jax.training.material import make_probes, number_of_steps, rows_of_stage
+from spo_jax.training.stage import compile_update, make_stage, preference_loss, state_shapes
 from spo_jax.training.trackers import read_lines
 
 PAIR_STAGES = ("preference", "baseline")
@@ -76,13 +79,14 @@ def probe_run(run: str | Path, overrides: Mapping[str, Any] | None = None) -> li
         raise ConfigError(
             "dynamics.every would be ignored: the saved steps of a run are probed. Remove it"
         )
-    written, trainer = [], None
+    written, before, read = [], None, {}
     for root, folder in _pair_stages(Path(run)):
         config = checked_config(_with_probes(read_tree(folder / "config.yaml", overrides)))
         config = dataclasses.replace(config, output_dir=str(root))
-        if trainer is None or config != trainer.config:
-            trainer = Trainer(config, resume=True)
-        written.append(_probe_stage(trainer, folder))
+        if config != before:  # stages of one run share their rows
+            before, read = config, {}
+            mesh, loss = make_mesh(**dataclasses.asdict(config.mesh)), preference_loss(config)
+        written.append(_probe_stage(config, folder, mesh, loss, read))
     return written
 
 
@@ -109,12 +113,14 @@ def _pair_stages(run: Path) -> list[tuple[Path, Path]]:
     )
 
 
-def _probe_stage(trainer: Trainer, folder: Path) -> Path:
-    config = trainer.config
+def _probe_stage(
+    config: Config, folder: Path, mesh: Mesh, loss: PreferenceLoss, read: dict[str, Rows]
+) -> Path:
+    root = Path(config.output_dir)
     name = config.stages[0] if len(config.stages) == 1 else folder.resolve().name
     source = folder / MODEL_FOLDER
     needed = {
-        trainer.root / PAIRS_FILE: config.data.train == BUILTIN_TASK,
+        root / PAIRS_FILE: config.data.train == BUILTIN_TASK,
         folder / "reference": config.reference.mode != "none",
     }
     for path, wanted in needed.items():
@@ -124,20 +130,22 @@ def _probe_stage(trainer: Trainer, folder: Path) -> Path:
                 "makes neither anew. Copy it back, or probe while training: spo-jax dynamics "
                 "CONFIG"
             )
-    model = load_model(source, execution(config.model, trainer.mesh))
-    like = sharded_shapes(model.abstract_params(), trainer.mesh)
+    model = load_model(source, execution(config.model, mesh))
+    like = sharded_shapes(model.abstract_params(), mesh)
     start = Policy(model, like, load_tokenizer(source), source)
-    online = config.reference.mode == "online"
-    reference = load_reference(folder, like) if online else None
-    stage = trainer.pair_stage(name, folder, start, reference)
+    online = load_reference(folder, like) if config.reference.mode == "online" else None
+    rows = rows_of_stage(config, name, start, read, resume=True)
+    steps = number_of_steps(config.train, rows.own)
+    stage = make_stage(config, name, model, loss, mesh, steps=steps)
+    probes = make_probes(config, loss, start, rows, mesh, folder=folder, online=online)
     path = folder / DYNAMICS_FILE
-    checkpoints, step_fn = CheckpointReader(folder), compile_step(stage)
-    steps = checkpoints.steps()
-    lines = _other_lines(path, stage.probes, steps)
-    for step in steps:
+    checkpoints, update = CheckpointReader(folder), compile_update(stage, like, mesh, online)
+    saved = checkpoints.steps()
+    lines = _other_lines(path, probes, saved)
+    for step in saved:
         say(f"{name}: probing step {step}")
-        state, _, _ = checkpoints.restore(state_shapes(stage), step)
-        lines[step] = {"step": step, **stage.probes.record(state, step_fn)}
+        state, _, _ = checkpoints.restore(state_shapes(stage, like, mesh), step)
+        lines[step] = {"step": step, **probes.record(state, update)}
         if jax.process_index() == 0:
             replace_text(path, "".join(json.dumps(lines[s]) + "\n" for s in sorted(lines)))
     return path

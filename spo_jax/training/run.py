@@ -3,265 +3,255 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from spo_jax import __version__
-from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
-from spo_jax.checkpoints.atomic import replace_bytes, replace_text
+from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
-from spo_jax.config.changes import check_changes
-from spo_jax.config.parsing import config_to_yaml, read_tree
-from spo_jax.config.schema import Config, LoopConfig
-from spo_jax.config.validation import unused_sections
-from spo_jax.evaluation.answers import Exam, make_exam, take_exam
-from spo_jax.evaluation.heldout import make_evaluate
-from spo_jax.parallel.mesh import unsharded
-from spo_jax.parallel.processes import by_first, say
-from spo_jax.policies.loading import (
-    MODEL_FOLDER,
-    Policy,
-    is_run,
-    load_policy,
-)
-from spo_jax.policies.reference_logprobs import make_reference_logprobs
+from spo_jax.config.schema import Config
+from spo_jax.dynamics.probes import probe_rhythm
+from spo_jax.evaluation.answers import Exam, make_exam
+from spo_jax.losses import PreferenceLoss
+from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
+from spo_jax.parallel.processes import Vote, by_first, is_first, say
+from spo_jax.policies.loading import MODEL_FOLDER, Policy, load_policy
 from spo_jax.policies.rows import Rows
-from spo_jax.training.assembly import Assembly
-from spo_jax.training.batches import Batches
-from spo_jax.training.stages import Stage, StageResult, run_stage
+from spo_jax.training.appraisal import make_heldout, make_look
+from spo_jax.training.loop import Counters, run_loop
+from spo_jax.training.material import (
+    Frozen,
+    frozen_logprobs,
+    keep_reference,
+    make_batches,
+    make_probes,
+    number_of_steps,
+    rows_of_stage,
+)
+from spo_jax.training.resuming import check_folders, describe_run, go_on, stage_folder
+from spo_jax.training.stage import (
+    Stage,
+    check_sizes,
+    compile_update,
+    loop_of,
+    make_stage,
+    preference_loss,
+    raw_key,
+    state_shapes,
+)
+from spo_jax.training.trackers import (
+    DisplacementAlarm,
+    MetricsWriter,
+    ProbeWriter,
+    Progress,
+)
 from spo_jax.training.update import init_state, shard_state
-from spo_jax.types import Params, TrainState
+from spo_jax.types import TrainState
 
 
-class RunExists(FileExistsError):
-    """The run folder holds a run already, and nobody said to go on with it."""
+class StageResult(NamedTuple):
+    """Where a stage ended: the policy and its held-out metrics.
+
+    A later stage that starts from the policy may have taken over its buffers.
+    """
+
+    policy: Policy
+    metrics: dict[str, float]
+    folder: Path
 
 
-class Trainer(Assembly):
-    """The stages of one configuration, run with what they share: mesh, rows, policy."""
+def train(
+    config: Config,
+    *,
+    mesh: Mesh | None = None,
+    resume: bool = False,
+    only: str | None = None,
+    allow_changes: bool = False,
+) -> dict[str, StageResult]:
+    """All stages in order; the preference stages start from what SFT ended with.
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        mesh: Mesh | None = None,
-        resume: bool = False,
-        only: str | None = None,
-        allow_changes: bool = False,
-    ):
-        super().__init__(config, mesh=mesh, resume=resume)
-        self.allow_changes = allow_changes
-        self.stages = config.stages if only is None else (only,)
-        self._exam: Exam | None = None
+    ``mesh`` stands for the one that the section ``mesh`` describes, ``only`` for all stages.
+    With ``resume`` every stage goes on from its newest checkpoint; ``allow_changes`` takes other
+    settings and data than it began with.
 
-    def stage_folder(self, stage: str) -> Path:
-        """A run of one stage is its folder; several stages have a folder each inside."""
-        return self.root if len(self.config.stages) == 1 else self.root / stage
-
-    def run(self) -> dict[str, StageResult]:
-        """All stages in order; the preference stages start from what SFT ended with."""
-        for stage in self.stages:
-            self.check_sizes(stage)
-        with RunLock(self.root):
-            check_shared(self.root)
-            begun = by_first(self._check_folders)
-            start = self._load_start(unchanged=begun and not self.allow_changes)
-            results: dict[str, StageResult] = {}
-            for stage in self.stages:
-                results[stage] = self._run_stage(stage, start)
-                if stage == "sft":
-                    start = results[stage].policy
-        return results
-
-    def _load_start(self, *, unchanged: bool = False) -> Policy:
-        start = load_policy(
-            self.config.model,
-            self.mesh,
-            seed=self.config.seed,
-            work=self.root / MODEL_FOLDER,
-            unchanged=unchanged,
-        )
-        for leaf in unsharded(start.params, self.mesh):
-            size = f"{leaf.bytes_per_device / 2**20:.0f} MiB a device"
-            say(f"WARNING {leaf.path} {list(leaf.shape)} takes {size}: {leaf.note}")
-        self._exam = make_exam(self.config, start.tokenizer)
-        return start
-
-    def _check_folders(self) -> bool:
-        """Whether there is a run to go on with, that these settings can go on with."""
-        folders = [self.stage_folder(stage) for stage in self.stages]
-        begun = [folder for folder in folders if is_run(folder)]
-        if begun and not self.resume:
-            raise RunExists(
-                f"{begun[0]} holds a run already: go on with --resume, or choose another folder "
-                "with --output-dir"
+    Raises:
+        RunExists: the folder holds a run, and not ``resume``.
+        ChangedConfig: settings that the saved state does not survive.
+        Stopped: SIGINT or SIGTERM came; the state is saved.
+        ValueError: what cannot be run: data, sizes, a model; the message names the mend.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
+    stages = config.stages if only is None else (only,)
+    for name in stages:
+        check_sizes(config, name, mesh)
+    root = Path(config.output_dir)
+    with RunLock(root):
+        check_shared(root)
+        check = partial(check_folders, config, stages, resume=resume, allow_changes=allow_changes)
+        begun = by_first(check)
+        start = load_start(config, mesh, unchanged=begun and not allow_changes)
+        exam, loss = make_exam(config, start.tokenizer), preference_loss(config)
+        results: dict[str, StageResult] = {}
+        read: dict[str, Rows] = {}
+        for number, name in enumerate(stages):
+            results[name] = run_stage(
+                name,
+                config,
+                start,
+                mesh,
+                loss,
+                exam,
+                read,
+                resume=resume,
+                allow_changes=allow_changes,
+                # SFT's start is not looked at again, nor is the last stage's.
+                keep_start=name != "sft" and number + 1 < len(stages),
             )
-        for folder in begun:
-            saved = read_tree(folder / "config.yaml")
-            changed = check_changes(self.config, saved, run=str(folder), allow=self.allow_changes)
-            if changed:
-                say(f"{folder}: resumed with other settings: {changed}")
-        if self.resume and not begun:
-            say(f"{self.root} holds no saved step yet: starting from the beginning")
-        return bool(begun)
+            if name == "sft":
+                start = results[name].policy
+    return results
 
-    def _start_is_needed(self, stage: str) -> bool:
-        """Whether the policy that ``stage`` starts from is looked at again afterwards.
 
-        Elsewhere its buffers become the state's: a large model has no room for a copy.
-        """
-        later = self.stages[self.stages.index(stage) + 1 :]
-        return stage != "sft" and bool(later)
+def run_stage(
+    name: str,
+    config: Config,
+    start: Policy,
+    mesh: Mesh,
+    loss: PreferenceLoss,
+    exam: Exam | None,
+    read: dict[str, Rows],
+    *,
+    resume: bool,
+    allow_changes: bool,
+    keep_start: bool,
+) -> StageResult:
+    """One stage, in the order things happen; from its newest checkpoint with ``resume``.
 
-    def _run_stage(self, stage: str, start: Policy) -> StageResult:
-        folder = self.stage_folder(stage)
-        by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
-        if stage == "sft":
-            return self._sft(folder, start)
-        return self._preference(stage, folder, start)
+    ``read`` are the rows that stages before have read. Unless ``keep_start`` the policy's buffers
+    become the state's: a large model has no room for a copy.
+    """
+    folder = stage_folder(config, name)
+    by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    pairs = name != "sft"
 
-    def _describe(self, folder: Path, start: Policy, stage: str) -> None:
-        """Write what a run is: its settings, and config.json and tokenizer of its model."""
-        model = folder / MODEL_FOLDER
-        model.mkdir(parents=True, exist_ok=True)
-        if model != start.folder:
-            for file in start.folder.iterdir():
-                replace_bytes(model / file.name, file.read_bytes())
-        header = f"spo-jax {__version__}, jax {jax.__version__}, stage {stage}"
-        without = unused_sections(self.config)
-        text = config_to_yaml(self.config, without=without, header=header)
-        replace_text(folder / "config.yaml", text)
+    # Rows, and what the frozen reference says of them.
+    rows = rows_of_stage(config, name, start, read, resume=resume)
+    reference = keep_reference(config, folder, start, mesh, resume=resume) if pairs else None
+    frozen = frozen_logprobs(config, start.model, reference, rows, mesh) if pairs else Frozen()
+    online = reference if config.reference.mode == "online" else None
+    del reference  # what is computed ahead needs no second model in memory from here on
+    batches = make_batches(config, name, rows, frozen)
 
-    def _sft(self, folder: Path, start: Policy) -> StageResult:
-        stage, rows = self.sft_stage(folder, start), self.rows("sft_data", start)
-        run = None
-        if rows.heldout is not None:
-            held = self._eval_batches(rows, stage.loop)
-            run = make_evaluate(stage.objective, held, self.place)
-        iterator = self._iterator(rows, stage.loop.batch_size)
-        batches = Batches(sft=iterator, sources={"sft": rows.train.source_rows})
-        return self._train(stage, batches, self._evaluate(stage, run))
+    # Objective, solver and optimizer: the update.
+    steps = number_of_steps(loop_of(config, name), rows.own)
+    stage = make_stage(config, name, start.model, loss, mesh, steps=steps)
+    update = compile_update(stage, start.params, mesh, online)
+    heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
+    look = make_look(
+        stage,
+        start,
+        heldout,
+        exam,
+        reference_params=online,
+        exam_every=config.answers.every if pairs else None,
+        folder=folder,
+    )
 
-    def _evaluate(
-        self, stage: Stage, heldout: Callable[..., dict[str, float]] | None
-    ) -> Callable[..., dict[str, float]] | None:
-        """What is looked at on the way and at the end: held-out rows, and graded answers."""
-        every = None if stage.name == "sft" else self.config.answers.every
-        if heldout is None and self._exam is None:
-            return None
+    # State: the first one, or that of the newest checkpoint.
+    loop = stage.loop
+    checkpoints = Checkpoints(folder, keep=loop.keep_checkpoints, keep_every=loop.keep_every)
+    alarm = DisplacementAlarm(loop.alarm_log_ratio) if pairs else None
+    donate = not keep_start and online is None
+    if resume and checkpoints.latest_step() is not None:
+        like = state_shapes(stage, start.params, mesh)
+        if donate:
+            # A model that leaves no room for a second one must be able to go on.
+            jax.tree.map(lambda x: x.delete(), start.params)
+        state, counters = go_on(
+            stage, checkpoints, like, batches, alarm, allow_changes=allow_changes
+        )
+    else:
+        state, counters = first_state(config, stage, start, mesh, donate=donate), Counters()
+    by_first(lambda: describe_run(config, name, folder, start.folder))
 
-        def evaluate(
-            state: TrainState, *, finished: bool = False, check: Callable[[], None] = lambda: None
-        ) -> dict[str, float]:
-            params, found = state.solver.params, {}
-            if heldout is not None:
-                found |= heldout(params, state.objective, stage.reference_params, check)
-            step = int(state.step)
-            due = finished or step == stage.steps or (every is not None and step % every == 0)
-            if self._exam is not None and due:
-                policy = stage.start._replace(params=params)
-                found |= take_exam(self._exam, policy, stage.folder, check)
-            return found
+    # Loop: updates, checkpoints, looks and probes on the way.
+    done, active = int(state.step), is_first()
+    probe = None
+    if pairs and config.dynamics.every is not None:
+        probes = make_probes(config, loss, start, rows, mesh, folder=folder, online=online)
+        probe = ProbeWriter(probes, folder, update, first_step=done + 1, active=active)
+    metrics: dict[str, float] = {}
 
-        return evaluate
+    def remember(state: TrainState, **options) -> dict[str, float]:
+        metrics.update(look(state, **options))
+        return metrics
 
-    def _train(self, stage: Stage, batches: Batches, evaluate: Any) -> StageResult:
-        donate = not self._start_is_needed(stage.name) and stage.reference_params is None
-        return run_stage(
-            stage,
+    if done < steps:
+        writer = MetricsWriter(folder, first_step=done + 1, active=active)
+        state = run_loop(
+            update,
+            state,
             batches,
-            evaluate,
-            resume=self.resume,
-            donate=donate,
-            allow_changes=self.allow_changes,
-            describe=lambda: by_first(
-                lambda: self._describe(stage.folder, stage.start, stage.name)
-            ),
+            name=name,
+            steps=steps,
+            loop=loop,
+            place=partial(place_batch, mesh=mesh),
+            evaluate=None if look is None else remember,
+            writer=writer,
+            checkpoints=checkpoints,
+            progress=Progress(name, steps, done, active),
+            vote=Vote(mesh),
+            counters=counters,
+            alarm=alarm,
+            probe=probe,
+            probe_every=probe_rhythm(config.dynamics.every, steps),
         )
+        writer.close()
+    else:  # there is nothing left but to look
+        if look is not None:
+            remember(state)
+        if probe is not None:
+            probe(done, state)
+    checkpoints.close()
+    return StageResult(start._replace(params=state.solver.params), dict(metrics), folder)
 
-    def _preference(self, name: str, folder: Path, start: Policy) -> StageResult:
-        return self._train(*self._assemble_pairs(name, folder, start))
 
-    def judge_start(self) -> dict[str, float]:
-        """Held-out metrics and graded answers of the policy that the pair stages start from."""
-        start = self._load_start()
-        stage, _, evaluate = self._assemble_pairs("baseline", self.root, start)
-        init = partial(init_state, stage.solver, stage.objective)
-        state, _ = shard_state(init, self.mesh, start.params, stage.key, donate=False)
-        return {} if evaluate is None else evaluate(state, finished=True)
+def load_start(config: Config, mesh: Mesh, *, unchanged: bool = False) -> Policy:
+    """The policy that the run starts from; what of it is large and lies uncut is said."""
+    work = Path(config.output_dir) / MODEL_FOLDER
+    start = load_policy(config.model, mesh, seed=config.seed, work=work, unchanged=unchanged)
+    for leaf in unsharded(start.params, mesh):
+        size = f"{leaf.bytes_per_device / 2**20:.0f} MiB a device"
+        say(f"WARNING {leaf.path} {list(leaf.shape)} takes {size}: {leaf.note}")
+    return start
 
-    def _assemble_pairs(self, name: str, folder: Path, start: Policy):
-        """The stage of pairs with its batches, and what is looked at on the way."""
-        loop, online = self.config.train, self.config.reference.mode == "online"
-        reference = self._reference(folder, start)
-        stage = self.pair_stage(name, folder, start, reference if online else None)
-        rows, sft_rows = self.rows("data", start), self._inner_rows(name, start)
-        found = self._frozen_logprobs(reference, start, rows, sft_rows, loop)
-        iterator = self._iterator(rows, loop.batch_size, found.get("train"))
-        inner = None
-        if sft_rows is not None:
-            inner = self._iterator(sft_rows, self._inner_size(), found.get("sft"))
-        run = None
-        if rows.heldout is not None:
-            # Held-out pairs are judged with the chosen as inner data, whatever training uses.
-            judged = self._pair_objective(start, "chosen")
-            held = self._eval_batches(rows, loop, found.get("heldout"))
-            run = make_evaluate(judged, held, self.place)
-        sources = {"preference": rows.train.source_rows}
-        if sft_rows is not None:
-            sources["sft"] = sft_rows.train.source_rows
-        return stage, Batches(iterator, inner, sources), self._evaluate(stage, run)
 
-    def _reference(self, folder: Path, start: Policy) -> Params | None:
-        """The reference parameters: those saved with the run, else reference.path, else start."""
-        config = self.config
-        if config.reference.mode == "none":
-            return None
-        if by_first(lambda: self._keeps_reference(folder)):
-            return load_reference(folder, start.params)
-        params = start.params
-        if config.reference.path is not None:
-            section = dataclasses.replace(
-                config.model, path=config.reference.path, init=None, tokenizer=None
-            )
-            work = folder / "reference_model"
-            other = load_policy(section, self.mesh, seed=config.seed, work=work)
-            if other.model != start.model:
-                raise ValueError(
-                    f"reference.path={config.reference.path} has another architecture than the "
-                    "policy: a reference of the same shape is needed"
-                )
-            params = other.params
-        save_reference(folder, params)
-        return params
+def first_state(
+    config: Config, stage: Stage, start: Policy, mesh: Mesh, *, donate: bool
+) -> TrainState:
+    """The state before the first update, made where it will live."""
+    init = partial(init_state, stage.solver, stage.objective)
+    return shard_state(init, mesh, start.params, raw_key(config.seed), donate=donate)[0]
 
-    def _keeps_reference(self, folder: Path) -> bool:
-        """Whether the run that is resumed has its reference; one of another attempt is removed."""
-        saved = folder / REFERENCE
-        if saved.exists() and not (self.resume and is_run(folder)):
-            # Left by an attempt that never saved a step, maybe with another model.
-            shutil.rmtree(saved)
-        return saved.exists()
 
-    def _frozen_logprobs(self, reference, start: Policy, rows: Rows, sft_rows, loop: LoopConfig):
-        if self.config.reference.mode != "precomputed":
-            return {}
-        wanted = {"train": rows.train, "heldout": rows.heldout}
-        buckets = {"train": rows.buckets, "heldout": rows.buckets}
-        if sft_rows is not None:
-            wanted["sft"], buckets["sft"] = sft_rows.train, sft_rows.buckets
-        size = loop.eval_batch_size or loop.batch_size
-        logprobs_of = make_reference_logprobs(
-            self.config, start.model, reference, self.mesh, batch_size=size
-        )
-        return {
-            name: logprobs_of(some, buckets[name], name)
-            for name, some in wanted.items()
-            if some is not None
-        }
+def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
+    """Held-out metrics and graded answers of the policy that the pair stages start from."""
+    mesh, folder = make_mesh(**dataclasses.asdict(config.mesh)), Path(config.output_dir)
+    start, loss = load_start(config, mesh), preference_loss(config)
+    exam = make_exam(config, start.tokenizer)
+    rows = rows_of_stage(config, "baseline", start, {}, resume=resume)
+    reference = keep_reference(config, folder, start, mesh, resume=resume)
+    frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
+    online = reference if config.reference.mode == "online" else None
+    steps = number_of_steps(config.train, rows.own)
+    stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
+    heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
+    look = make_look(
+        stage, start, heldout, exam, reference_params=online, exam_every=None, folder=folder
+    )
+    if look is None:
+        return {}
+    return look(first_state(config, stage, start, mesh, donate=False), finished=True)

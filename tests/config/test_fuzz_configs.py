@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from spo_jax.cli import main
 from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import Config
-from spo_jax.training.run import Trainer
+from spo_jax.training import run
 
 ROOT = Path(__file__).parents[2]
 FUZZ = settings(derandomize=True, deadline=None, database=None)
@@ -41,7 +41,7 @@ class Accepted(BaseException):
     """Raised in place of training: the configuration was taken."""
 
 
-def _accept(trainer: Trainer) -> None:
+def _accept(*_: Any) -> None:
     raise Accepted
 
 
@@ -49,7 +49,7 @@ def outcome(*words: str) -> str | None:
     """What ``spo-jax train`` says against a configuration, ``None`` where it would train."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(Trainer, "run", _accept),
+        mock.patch.object(run, "check_sizes", _accept),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -16,9 +16,14 @@ from spo_jax.plan import compile_pair_update, memory_summary
 from spo_jax.plan.compiled import assemble, make_model, stage_rows
 from spo_jax.plan.tables import groups_of, large_unsharded
 from spo_jax.policies.loading import execution, load_policy
-from spo_jax.training.run import Trainer
-from spo_jax.training.stages import compile_step
-from spo_jax.training.update import init_state, shard_state
+from spo_jax.training.material import (
+    frozen_logprobs,
+    keep_reference,
+    make_batches,
+    rows_of_stage,
+)
+from spo_jax.training.run import first_state
+from spo_jax.training.stage import compile_update, make_stage, preference_loss
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}
@@ -80,20 +85,23 @@ def planned(config, architecture, batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     config = config_of(output_dir=str(tmp_path), **KINDS[kind])
-    trainer = Trainer(config)
-    start = load_policy(config.model, trainer.mesh, seed=0, work=tmp_path / "model")
-    stage, batches, _ = trainer._assemble_pairs("preference", tmp_path, start)
-    batch = place_batch(next(batches), trainer.mesh)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    start = load_policy(config.model, mesh, seed=0, work=tmp_path / "model")
+    rows = rows_of_stage(config, "preference", start, {}, resume=False)
+    reference = keep_reference(config, tmp_path, start, mesh, resume=False)
+    frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
+    online = reference if config.reference.mode == "online" else None
+    stage = make_stage(
+        config, "preference", start.model, preference_loss(config), mesh, steps=config.train.steps
+    )
+    batch = place_batch(next(make_batches(config, "preference", rows, frozen)), mesh)
 
     def state():
-        def init(params, key):
-            return init_state(stage.solver, stage.objective, params, key)
+        return first_state(config, stage, start, mesh, donate=False)
 
-        return shard_state(init, stage.mesh, start.params, stage.key)[0]
-
-    expected = compile_step(stage)(state(), batch)
+    expected = compile_update(stage, start.params, mesh, online)(state(), batch)
     compiled = planned(config, load_hf_config(start.folder), batch)
-    found = compiled(state(), batch, stage.reference_params)
+    found = compiled(state(), batch, online)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 

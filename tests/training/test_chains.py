@@ -3,7 +3,7 @@
 import pytest
 
 from spo_jax.config.schema import Named
-from spo_jax.training.assembly import inner_updates
+from spo_jax.training.stage import inner_updates
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from spo_jax.config.parsing import read_tree
 from spo_jax.config.validation import checked_config
 from spo_jax.models import load_model, load_params
 from spo_jax.tasks import arithmetic
-from spo_jax.training.run import Trainer
+from spo_jax.training.run import train
 from spo_jax.training.trackers import read_metrics
 from tests.tiny import ARCHITECTURE
 
@@ -131,8 +131,7 @@ def test_resume_is_exact(run, tmp_path):
     shutil.rmtree(copy / "preference" / "checkpoints" / "4")
     shutil.rmtree(copy / "baseline")
     tree = {**read_tree(path), "output_dir": str(copy), "stages": ["sft", "preference"]}
-    trainer = Trainer(checked_config(tree), resume=True)
-    result = trainer.run()["preference"]
+    result = train(checked_config(tree), resume=True)["preference"]
     again, before = copy / "preference", folder / "preference"
     assert Checkpoints(again).latest_step() == 4
     # Whole states are compared as orbax wrote them: both are read without a template.

@@ -1,0 +1,209 @@
+"""What a stage is fed: its rows, the frozen reference and its log-probs, batches, probes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
+from spo_jax.config.schema import BUILTIN_TASK, Config, LoopConfig
+from spo_jax.data import BatchSource, eval_batches, make_train_iterator
+from spo_jax.dynamics.probes import Probes
+from spo_jax.dynamics.row_choice import make_probe_set
+from spo_jax.losses import PreferenceLoss
+from spo_jax.models import Model
+from spo_jax.parallel.mesh import batch_shards, sharded_shapes
+from spo_jax.parallel.processes import by_first
+from spo_jax.policies.loading import Policy, is_run, load_policy
+from spo_jax.policies.reference_logprobs import make_reference_logprobs
+from spo_jax.policies.rows import Rows, prepare_rows, round_up
+from spo_jax.sampling.builtin import builtin_data
+from spo_jax.training.batches import Batches
+from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
+from spo_jax.types import Params
+
+
+class StageRows(NamedTuple):
+    """``own`` rows of a stage, pairs or SFT; ``inner``: SFT rows of its inner level, if any."""
+
+    own: Rows
+    inner: Rows | None = None
+
+
+def rows_of_stage(
+    config: Config, name: str, policy: Policy, read: dict[str, Rows], *, resume: bool
+) -> StageRows:
+    """The tokenized rows of the stage ``name``.
+
+    ``read`` holds what the stages before have read, by section, and gets what is read now. Pairs
+    of the built-in task are sampled from ``policy``, unless they are there and ``resume``.
+    """
+
+    def rows(section: str) -> Rows:
+        if section not in read:
+            data = getattr(config, section)
+            if data.train == BUILTIN_TASK:
+                root = Path(config.output_dir)
+                data = builtin_data(config, section, policy, root, resume=resume)
+            kind = "preference" if section == "data" else "sft"
+            read[section] = prepare_rows(
+                data, kind, policy.tokenizer, seed=config.seed, name=section
+            )
+        return read[section]
+
+    if name == "sft":
+        return StageRows(rows("sft_data"))
+    return StageRows(rows("data"), rows("sft_data") if has_inner_rows(config, name) else None)
+
+
+def number_of_steps(loop: LoopConfig, rows: Rows) -> int:
+    """Updates of a stage; rows that fill no batch are left out of an epoch."""
+    return loop.steps or max(1, round(loop.epochs * (len(rows.train) // loop.batch_size)))
+
+
+def keep_reference(
+    config: Config, folder: Path, start: Policy, mesh: Mesh, *, resume: bool
+) -> Params | None:
+    """The reference parameters: those saved in ``folder``, else reference.path, else ``start``'s.
+
+    What was not saved is saved. ``None`` where a run has no reference.
+    """
+    if config.reference.mode == "none":
+        return None
+    if by_first(lambda: _has_reference(folder, resume=resume)):
+        return load_reference(folder, start.params)
+    params = start.params
+    if config.reference.path is not None:
+        section = dataclasses.replace(
+            config.model, path=config.reference.path, init=None, tokenizer=None
+        )
+        other = load_policy(section, mesh, seed=config.seed, work=folder / "reference_model")
+        if other.model != start.model:
+            raise ValueError(
+                f"reference.path={config.reference.path} has another architecture than the "
+                "policy: a reference of the same shape is needed"
+            )
+        params = other.params
+    save_reference(folder, params)
+    return params
+
+
+def _has_reference(folder: Path, *, resume: bool) -> bool:
+    """Whether the run that is resumed has its reference; one of another attempt is removed."""
+    saved = folder / REFERENCE
+    if saved.exists() and not (resume and is_run(folder)):
+        # Left by an attempt that never saved a step, maybe with another model.
+        shutil.rmtree(saved)
+    return saved.exists()
+
+
+class Frozen(NamedTuple):
+    """Log-probs ``[N, n]`` of rows under the frozen reference, where they are computed ahead."""
+
+    train: np.ndarray | None = None
+    heldout: np.ndarray | None = None
+    inner: np.ndarray | None = None
+
+
+def frozen_logprobs(
+    config: Config, model: Model, reference: Params | None, rows: StageRows, mesh: Mesh
+) -> Frozen:
+    """What the reference says of all rows of a stage of pairs, computed or from the cache."""
+    if config.reference.mode != "precomputed":
+        return Frozen()
+    size = config.train.eval_batch_size or config.train.batch_size
+    logprobs_of = make_reference_logprobs(config, model, reference, mesh, batch_size=size)
+    own, inner = rows
+    return Frozen(
+        train=logprobs_of(own.train, own.buckets, "train"),
+        heldout=None if own.heldout is None else logprobs_of(own.heldout, own.buckets, "heldout"),
+        inner=None if inner is None else logprobs_of(inner.train, inner.buckets, "sft"),
+    )
+
+
+def make_batches(config: Config, name: str, rows: StageRows, frozen: Frozen) -> Batches:
+    """Batches of a stage without an end, in the order of the seed; each process has its rows."""
+    size = loop_of(config, name).batch_size
+    own = _iterator(config, rows.own, size, frozen.train)
+    sources = {"sft" if name == "sft" else "preference": rows.own.train.source_rows}
+    if name == "sft":
+        return Batches(sft=own, sources=sources)
+    inner = None
+    if rows.inner is not None:
+        inner = _iterator(config, rows.inner, inner_batch_size(config), frozen.inner)
+        sources["sft"] = rows.inner.train.source_rows
+    return Batches(own, inner, sources)
+
+
+def _iterator(config: Config, rows: Rows, batch_size: int, logprobs: np.ndarray | None) -> Any:
+    return make_train_iterator(
+        rows.train,
+        batch_size=batch_size,
+        buckets=rows.buckets,
+        seed=config.seed,
+        num_epochs=None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        reference_logprobs=logprobs,
+    )
+
+
+def heldout_batches(
+    rows: Rows, loop: LoopConfig, logprobs: np.ndarray | None, mesh: Mesh
+) -> BatchSource:
+    """The held-out rows once, this process's part of each batch."""
+    return eval_batches(
+        rows.heldout,
+        batch_size=round_up(loop.eval_batch_size or loop.batch_size, batch_shards(mesh)),
+        buckets=rows.buckets,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        reference_logprobs=logprobs,
+    )
+
+
+def make_probes(
+    config: Config,
+    loss: PreferenceLoss,
+    start: Policy,
+    rows: StageRows,
+    mesh: Mesh,
+    *,
+    folder: Path,
+    online: Params | None,
+) -> Probes:
+    """The probes of a stage of pairs; ``online`` are reference parameters that stay in memory.
+
+    Elsewhere they are read anew from ``folder`` each time: between probings there is no second
+    model in memory. Of ``start.params`` the shapes do.
+    """
+    probe_set = make_probe_set(
+        rows.own,
+        rows.inner,
+        pairs=config.dynamics.pairs,
+        batch_size=config.train.batch_size,
+        sft_batch_size=inner_batch_size(config),
+        seed=config.seed,
+    )
+    shapes = sharded_shapes(start.model.abstract_params(), mesh)
+
+    def reference() -> Params:
+        return load_reference(folder, shapes) if online is None else online
+
+    return Probes(
+        config.dynamics,
+        start,
+        loss,
+        probe_set,
+        seed=config.seed,
+        mesh=mesh,
+        chunk_tokens=config.model.logprob_chunk,
+        frozen_in_batch=config.reference.mode == "precomputed",
+        reference=None if config.reference.mode == "none" else reference,
+    )

@@ -1,0 +1,176 @@
+"""A stage's update, whole but for its batches: objective, solver, optimizer; and its state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from spo_jax.config.choices import loss_function, solver_uses
+from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
+from spo_jax.losses import PreferenceLoss, make_preference_loss
+from spo_jax.models import Model
+from spo_jax.objective import Objective, make_logprobs_fn, make_objective
+from spo_jax.parallel.mesh import batch_shards, check_batch_size, sharded_shapes
+from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
+from spo_jax.training.update import init_state, jit_step, make_train_step
+from spo_jax.types import Params, TrainState
+
+
+class Stage(NamedTuple):
+    """What an update of a stage is made of, read off the configuration.
+
+    ``schedule`` is the learning rate's over the ``steps`` updates, ``tolerance`` that of the safe
+    region, in nats per token.
+    """
+
+    name: str
+    loop: LoopConfig
+    steps: int
+    objective: Objective
+    solver: Solver
+    schedule: optax.Schedule
+    tolerance: float = 0.0
+
+
+def loop_of(config: Config, name: str) -> LoopConfig:
+    """The section with length and rhythm of the stage ``name``."""
+    return config.sft if name == "sft" else config.train
+
+
+def check_sizes(config: Config, name: str, mesh: Mesh) -> None:
+    """Raise ``ValueError`` where a batch of the stage ``name`` does not divide over the mesh."""
+    loop = loop_of(config, name)
+    for key in ("batch_size", "inner_batch_size"):
+        size = getattr(loop, key, None)
+        if size is not None:
+            section = "sft" if name == "sft" else "train"
+            check_batch_size(f"{section}.{key}", size, loop.gradient_accumulation, mesh)
+
+
+def solver_of(config: Config, name: str) -> Named:
+    """The solver of a stage of pairs: ``baseline`` is the plain loss."""
+    return Named("preference_only") if name == "baseline" else config.solver
+
+
+def has_inner_rows(config: Config, name: str) -> bool:
+    """Whether the inner level of a stage of pairs has SFT rows of its own, not the chosen."""
+    own = config.objective.inner_data == "sft"
+    return name != "sft" and own and solver_of(config, name).name != "preference_only"
+
+
+def inner_batch_size(config: Config) -> int:
+    """SFT rows an update, where the inner level has its own."""
+    return config.train.inner_batch_size or config.train.batch_size
+
+
+def preference_loss(config: Config) -> PreferenceLoss:
+    """The loss of the section ``loss``, its hyper-parameters bound."""
+    name, options = config.loss.name, config.loss.options
+    return make_preference_loss(loss_function(name) if ":" in name else name, **options)
+
+
+def make_stage(
+    config: Config, name: str, model: Model, loss: PreferenceLoss, mesh: Mesh, *, steps: int
+) -> Stage:
+    """Objective, solver and optimizer of the stage ``name``; reads and computes nothing."""
+    loop = loop_of(config, name)
+    if name == "sft":
+        objective = _objective(
+            config, model, mesh, loop, loss=None, inner_data="sft", reference="none"
+        )
+        inner, schedule = make_chain(config.sft_optimizer, steps)
+        return Stage(name, loop, steps, objective, make_inner_only(inner=inner), schedule)
+    inner_data = "sft" if has_inner_rows(config, name) else "chosen"
+    objective = pair_objective(config, model, loss, mesh, inner_data=inner_data)
+    named = solver_of(config, name)
+    outer, schedule = make_chain(config.outer, steps)
+    inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
+    solver = make_solver(named.name, outer=outer, inner=inner, **named.options)
+    if not solver_uses(named.name, "outer"):
+        schedule = inner_schedule
+    tolerance = float(named.options.get("tolerance", 0.0))
+    return Stage(name, loop, steps, objective, solver, schedule, tolerance)
+
+
+def pair_objective(
+    config: Config, model: Model, loss: PreferenceLoss, mesh: Mesh, *, inner_data: str
+) -> Objective:
+    """The two levels on pairs; ``inner_data`` is ``chosen`` or ``sft``."""
+    section = config.objective
+    return _objective(
+        config,
+        model,
+        mesh,
+        config.train,
+        loss=loss,
+        inner_data=inner_data,
+        inner_value=section.inner_value,
+        regularizer=section.regularizer,
+        regularizer_weight=section.regularizer_weight,
+        reference=config.reference.mode,
+    )
+
+
+def _objective(
+    config: Config, model: Model, mesh: Mesh, loop: LoopConfig, **options: Any
+) -> Objective:
+    chunk = config.model.logprob_chunk * batch_shards(mesh)
+    logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
+    return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
+
+
+def make_chain(config: OptimizerConfig, steps: int):
+    """The optax chain and schedule of one section of the configuration."""
+    return make_optimizer(
+        steps=steps,
+        **{k: getattr(config, k) for k in OptimizerConfig.__dataclass_fields__},
+    )
+
+
+def inner_updates(named: Named) -> int:
+    """Updates of the inner chain in one update of the solver: the length of its schedule."""
+    parameters = inspect.signature(SOLVERS[named.name]).parameters
+    if "inner_steps" not in parameters:
+        return 1
+    return named.options.get("inner_steps", parameters["inner_steps"].default)
+
+
+def raw_key(seed: int) -> jax.Array:
+    """The raw PRNG key that a run's state begins with."""
+    return jax.random.key_data(jax.random.key(seed))
+
+
+def state_shapes(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
+    """The train state as shapes, with where its leaves live; ``params`` may be shapes too."""
+    init = partial(init_state, stage.solver, stage.objective)
+    key = jax.eval_shape(lambda: raw_key(0))
+    return sharded_shapes(jax.eval_shape(init, params, key), mesh)
+
+
+def compile_update(
+    stage: Stage, params: Params, mesh: Mesh, reference_params: Params | None = None
+) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+    """The update ``(state, batch) -> (state, metrics)``, jitted; donates its state."""
+    step = _jitted(stage, state_shapes(stage, params, mesh))
+    return lambda state, batch: step(state, batch, reference_params)
+
+
+def lower_update(
+    stage: Stage, params: Params, mesh: Mesh, reference_params: Params | None, batch: Any
+) -> jax.stages.Lowered:
+    """The update of ``compile_update``, lowered; shapes are enough for everything."""
+    shapes = state_shapes(stage, params, mesh)
+    return _jitted(stage, shapes).lower(shapes, batch, reference_params)
+
+
+def _jitted(stage: Stage, shapes: TrainState) -> Any:
+    step = make_train_step(
+        stage.objective, stage.solver, schedule=stage.schedule, tolerance=stage.tolerance
+    )
+    return jit_step(step, jax.tree.map(lambda x: x.sharding, shapes))
