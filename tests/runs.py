@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.machine import cache_variables, shared_cache, xla_flags
 from tests.tiny import ARCHITECTURE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,20 +51,20 @@ def write_config(folder: Path, name="config", **sections) -> Path:
 
 
 def environment(devices=DEVICES, cache: Path | None = None) -> dict[str, str]:
-    """That of a command on so many simulated devices; ``cache`` keeps compiled programs."""
+    """That of a command on so many simulated devices.
+
+    ``cache`` keeps compiled programs, every one; without it they are those of the test run.
+    """
     found = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     found |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
     }
-    if cache is not None:
-        found |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-    return found
+    if cache is None:
+        return found | shared_cache()
+    kept = cache_variables(str(cache))
+    return found | kept | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def start(

@@ -25,7 +25,8 @@ PACKAGE = ROOT / "spo_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "tpu/README.md", "docs/plan.md", "docs/long_runs.md",
+    "README.md", "CONTRIBUTING.md", "tpu/README.md", "configs/paper/README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 )  # fmt: skip
 MAX_LINES = 400
 
@@ -110,6 +111,13 @@ def code(document: str) -> str:
 def test_configurations_a_document_names_exist(document):
     named = set(re.findall(r"configs/[\w./-]+\.yaml", (ROOT / document).read_text()))
     missing = sorted(name for name in named if not (ROOT / name).is_file())
+    assert not missing, f"{document} names {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_files_a_document_names_exist(document):
+    named = set(re.findall(r"[\w.*]+/[\w./*]*\.py\b", code(document)))
+    missing = [name for name in named if not any([*(ROOT / p).glob(name)] for p in ("", "tests"))]
     assert not missing, f"{document} names {missing}"
 
 

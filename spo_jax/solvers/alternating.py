@@ -1,4 +1,4 @@
-"""SPO as first published: inner SFT steps, then a preference step."""
+"""Our reading of SPO v1 (arXiv 2507.07723): inner SFT steps, then a preference step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_alternating(
 
     All on the same batch; each level has an optimizer state of its own. Inner value and
     tolerance play no part in the update. With ``inner_steps=0`` it is ``preference_only`` bit
-    for bit. Source: METHOD section 4 (SPO v1).
+    for bit. Source: METHOD section 4, our reading of SPO v1, whose text is not public to us.
 
     Metrics: ``inner_steps``, ``inner_grad_norm`` of the first of them. The inner loss and the gap
     are those before the update, the preference loss is that after the inner steps.

@@ -31,7 +31,7 @@ def make_unrolled(
     update. The chain's state is carried from update to update, so that its schedule goes on,
     and is a constant to the derivative. A chain whose update is not smooth (Adam where a
     gradient is zero) has no useful derivative: use SGD, or ``unrolled_first_order``.
-    Source: METHOD section 4 (SPO v1); Franceschi et al., arXiv 1806.04910.
+    Source: METHOD section 4, our reading of SPO v1; Franceschi et al., arXiv 1806.04910.
 
     The policy, ``state.params``, is the inner iterate at which this update computed ``F``,
     one outer step behind ``state.variables.outer_iterate``. With ``inner_steps=0`` both are
