@@ -1,4 +1,4 @@
-"""Tokens per second of ``spo_jax.policies.generate`` and of ``transformers``' ``model.generate``.
+"""Tokens per second of ``spo_jax.policies.decoding`` and of ``transformers``' ``model.generate``.
 
     python benchmarks/generation.py
     python benchmarks/generation.py --model FOLDER --batch 64 --new 256

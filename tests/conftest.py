@@ -1,11 +1,12 @@
 """Eight simulated CPU devices and no network, before JAX or the hub client is imported."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
-from tests.machine import CACHE, shared_cache, xla_flags
+from tests.machine import CACHE, WITHOUT_TORCH, shared_cache, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,8 +18,20 @@ if CACHE not in os.environ:  # the first process of a test run; its workers inhe
     os.environ[CACHE] = tempfile.mkdtemp(prefix="spo_jax_tests_")
     atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
 os.environ |= shared_cache()
+# Traced programs are many small objects that live to the end: looking through them all for garbage
+# again and again finds none.
+gc.set_threshold(200_000, 20, 100)
 
-from jaxtyping import install_import_hook
+
+def pytest_configure(config):
+    """Commands that tests start see no PyTorch; the tests' own processes do, for parity."""
+    starts_workers = getattr(config.option, "numprocesses", None)
+    if hasattr(config, "workerinput") or not starts_workers:
+        above = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([WITHOUT_TORCH, *([above] if above else [])])
+
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 # Public functions carry shape annotations: the tests check every call against them.
 install_import_hook("spo_jax", "beartype.beartype")

@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
+
+WITHOUT_TORCH = str(Path(__file__).parent / "without_torch")
+"""On ``PYTHONPATH``: hides PyTorch from a process."""
 
 CACHE = "SPO_JAX_TEST_CACHE"
 """The variable with the folder of compiled programs that all processes of a test run share."""
@@ -12,6 +16,8 @@ def xla_flags(devices: int) -> str:
     flags = [
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",
+        # Two processes compile side by side: threads of one only stand in the other's way.
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # A fusion through MLIR takes twice as long to compile; later versions know no other way.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.machine import cache_variables, shared_cache, xla_flags
+from tests.machine import WITHOUT_TORCH, cache_variables, shared_cache, xla_flags
 from tests.tiny import ARCHITECTURE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def environment(devices=DEVICES, cache: Path | None = None) -> dict[str, str]:
     found |= {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": xla_flags(devices),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), WITHOUT_TORCH]),
     }
     if cache is None:
         return found | shared_cache()

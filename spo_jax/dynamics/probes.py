@@ -32,7 +32,7 @@ from spo_jax.losses import PreferenceLoss
 from spo_jax.objective.levels import completion_logprobs, make_logprobs_fn
 from spo_jax.parallel.mesh import BATCH, batch_shards, place_batch, replicated, tree_shardings
 from spo_jax.parallel.processes import everywhere
-from spo_jax.policies.generate import generate
+from spo_jax.policies.decoding import generate
 from spo_jax.policies.loading import Policy
 from spo_jax.policies.text_statistics import distinct_n, repetition
 from spo_jax.types import BilevelBatch, CompletionBatch, Params, TrainState

@@ -6,7 +6,7 @@ not on each other.
 """
 
 from spo_jax.policies.completions import Completion, complete, complete_batches, stop_ids
-from spo_jax.policies.generate import generate
+from spo_jax.policies.decoding import generate
 from spo_jax.policies.loading import MODEL_FOLDER, Policy, execution, find_run, is_run, load_policy
 from spo_jax.policies.reference_logprobs import make_reference_logprobs
 from spo_jax.policies.rows import Rows, prepare_rows, read_rows, task_problems

@@ -14,7 +14,7 @@ import numpy as np
 
 from spo_jax.data import encode_prompts
 from spo_jax.parallel.processes import everywhere
-from spo_jax.policies.generate import generate
+from spo_jax.policies.decoding import generate
 from spo_jax.types import Params
 
 

@@ -24,7 +24,7 @@ from spo_jax.data.layouts import LAYOUTS
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
 from spo_jax.policies.completions import Completion, complete_batches, stop_ids
-from spo_jax.policies.generate import check_sampling
+from spo_jax.policies.decoding import check_sampling
 from spo_jax.policies.loading import Policy, load_policy
 from spo_jax.policies.text_statistics import repetition
 

@@ -3,7 +3,6 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import CHATML, make_char_tokenizer
 
 from spo_jax.data import (
     Record,
@@ -18,6 +17,7 @@ from spo_jax.data import (
 from spo_jax.data.chat import BadRow, ChatFormat
 from spo_jax.data.layouts import split_texts
 from spo_jax.types import PreferenceRow, SFTRow
+from tests.data.tiny_data import CHATML, make_char_tokenizer
 
 PLAIN = ChatFormat(render_plain, "</s>")
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import PAD, make_rows
 
 from spo_jax.data import FILLER, rows_to_batch
+from tests.data.tiny_data import PAD, make_rows
 
 ROWS = make_rows([([1, 2, 3], [[4, 5], [6]]), ([], [[8, 10, 12], [14, 16]])])
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import make_rows
 
 from spo_jax.data import LengthBuckets, choose_buckets, eval_batches, make_train_iterator
+from tests.data.tiny_data import make_rows
 
 BUCKETS = LengthBuckets((4, 12), (4, 8, 16))
 

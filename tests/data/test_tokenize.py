@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import CHATML, ids, make_char_tokenizer, make_marked_tokenizer
 
 from spo_jax.data import encode_prompts, load_tokenizer, tokenize_rows
 from spo_jax.types import PreferenceRow, SFTRow
+from tests.data.tiny_data import CHATML, ids, make_char_tokenizer, make_marked_tokenizer
 
 BOS, EOS, IM_START, IM_END = 1, 2, 4, 5
 

@@ -91,7 +91,6 @@ def test_a_margin_loss_alone_moves_the_mass_out_of_both_columns(loss, seed):
     assert parts.outside[-1] > parts.outside[0] + 0.3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS[:2])
 @pytest.mark.parametrize("loss", MARGIN_LOSSES)
 @pytest.mark.parametrize(
@@ -103,6 +102,7 @@ def test_a_margin_loss_alone_moves_the_mass_out_of_both_columns(loss, seed):
         ("alternating", {"inner_steps": 3}),
     ],
 )
+@pytest.mark.long
 def test_inside_the_safe_region_the_chosen_keep_their_mass(loss, seed, solver, options):
     parts, path = after(loss, solver, seed, **options)
     plain, _ = after(loss, "preference_only", seed)

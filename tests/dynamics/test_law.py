@@ -112,6 +112,7 @@ def test_coefficients_of_dpo():
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.long
 def test_rates_are_the_derivative_of_a_step_on_any_loss(bench, name):
     """``<grad w, -grad loss(pair)>``, the loss differentiated as a whole."""
     params, pairs = bench
@@ -240,6 +241,7 @@ def test_the_head_variant_is_the_heads_block(bench):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.long
 def test_the_head_variant_is_a_coarse_guide(tied):
     """Its error on near-duplicates, measured: the cosine is off by 0.2, one sign in 20 differs."""
     base = tiny_model()

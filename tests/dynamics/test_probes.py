@@ -108,7 +108,7 @@ def values(record):
     return {name: np.array(x, float) for name, x in record["pairs"].items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_and_eight_devices_agree(tmp_path):
     found = []
     for mesh in (one_device(), make_mesh(data=2, fsdp=2, tensor=2)):
@@ -125,6 +125,7 @@ def test_one_and_eight_devices_agree(tmp_path):
     assert np.abs(values(one)["log_ratio/chosen"]).max() > 0.05
 
 
+@pytest.mark.long
 def test_probing_changes_nothing_and_compiles_no_second_update(tmp_path):
     mesh = one_device()
     probes, state, step, probe_set, _ = make_bench(tmp_path, mesh)
@@ -171,7 +172,7 @@ def test_predictions_hold(tmp_path):
             np.testing.assert_allclose(predicted, measured, rtol=0.1, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sixteen_bits(tmp_path):
     """What is stored and trained in 16 bits is measured in 32."""
     half = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
@@ -287,7 +288,7 @@ def test_training_does_not_notice(run, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_probed_as_training_probed_it(run, tmp_path, capsys):
     """Moved, without the model it started from, and probed again: the same to the last bit."""
     _, folder = run
@@ -329,7 +330,6 @@ def test_resuming_drops_what_is_done_again(run, tmp_path):
     assert lines_of(copy, "baseline") == lines_of(folder, "baseline")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "names"),
     [
@@ -352,6 +352,7 @@ def test_resuming_drops_what_is_done_again(run, tmp_path):
     ],
     ids=["online and head", "no reference and no gradients", "inner data of its own"],
 )  # fmt: skip
+@pytest.mark.long
 def test_other_ways_to_train_are_probed(run, tmp_path, extra, names):
     tree = {**read_tree(run[0]), "output_dir": str(tmp_path / "run"), "stages": ["preference"]}
     if "reference.mode" in extra:

@@ -23,7 +23,7 @@ from spo_jax.policies.completions import (
     complete_batches,
     stop_ids,
 )
-from spo_jax.policies.generate import generate
+from spo_jax.policies.decoding import generate
 from spo_jax.policies.loading import Policy
 from spo_jax.types import SFTRow
 from tests.data.tiny_data import char_vocab, make_char_tokenizer

@@ -83,6 +83,7 @@ def test_equals_xla_in_16_bits():
         pytest.param(4, 12, 3, id="three key heads are repeated"),
     ],
 )
+@pytest.mark.long
 def test_a_mesh_changes_nothing(B, H, K):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     found, expected = both(None, mesh, *draw(B + H, B, 128, H, K, 8))
@@ -162,10 +163,10 @@ def by_xla():
     return rows, readout(model, rows)(draw_params(model))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "cut"), [*((policy, True) for policy in REMAT_POLICIES), ("full", False)]
 )
+@pytest.mark.long
 def test_the_decoder_in_the_pair_layout(remat, cut):
     mesh = make_mesh(data=2, fsdp=2, tensor=2) if cut else None
     model = Model(CONFIG, Execution(attention="splash", remat=remat, mesh=mesh))
@@ -252,8 +253,8 @@ def test_splash_where_it_cannot_be():
         jax.eval_shape(model.hidden, model.abstract_params(), *rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True], ids=["one device", "mesh"])
+@pytest.mark.long
 def test_second_derivatives_are_those_of_xla(cut):
     """Through a rematerialized scan, as an unrolled solver takes them through the layers."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2) if cut else None

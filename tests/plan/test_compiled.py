@@ -81,8 +81,8 @@ def planned(config, architecture, batch):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.long
 def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     config = config_of(output_dir=str(tmp_path), **KINDS[kind])
     mesh = make_mesh(**dataclasses.asdict(config.mesh))

@@ -144,8 +144,8 @@ def test_dialogues_are_written_alike_for_all_models(tmp_path):
     assert whole == f"{prompt} a"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", PARAMETERS)
+@pytest.mark.long
 def test_update_compiles_at_the_true_shapes_and_nothing_is_allocated(model):
     """As configured: 128 pairs in micro-batches, prompt 1800, completions 1024, on as many devices.
 

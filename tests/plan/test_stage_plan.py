@@ -183,7 +183,7 @@ def test_a_program_that_cannot_be_read_still_has_its_memory(folder, monkeypatch,
 # Search
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_prints_what_it_tries_and_ends_with_keys(folder, capsys):
     file = folder / "search.json"
     words = ["--search", "--budget", 2, "--chip", "v5e", "--json", file]

@@ -164,7 +164,7 @@ def finished(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 class TestRun:
     def test_every_run_has_its_result(self, finished):
         study = read_study(finished)

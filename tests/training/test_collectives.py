@@ -83,9 +83,9 @@ def check_no_logits(exchanges, sizes):
             assert others[0] in widths, exchange
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.long
 def test_neither_table_nor_head_nor_logits_are_gathered(kind, tied, capfd):
     """Of table and head no device ever gets more than its part, and each part moves once.
 

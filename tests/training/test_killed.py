@@ -18,7 +18,7 @@ from tests.runs import (
     write_config,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 KILLS = 20
 STEPS = 2 * KILLS + 4

@@ -59,8 +59,8 @@ def cases():
             yield name, 1 + (i + j) % 2, kind
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "micro_batches", "kind"), list(cases()))
+@pytest.mark.long
 def test_a_mesh_takes_the_updates_of_one_device(name, micro_batches, kind):
     expected = on_one_device(name)
     moved = jax.tree.map(np.subtract, expected[0].solver.params, tiny_params(MODEL))
@@ -68,8 +68,8 @@ def test_a_mesh_takes_the_updates_of_one_device(name, micro_batches, kind):
     check_equal(two_updates(name, micro_batches, make_mesh(**MESHES[kind])), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "splash"])
+@pytest.mark.long
 def test_heads_that_do_not_divide(attention):
     """Four query heads and two of keys over eight devices; the width of all heads divides."""
     mesh = make_mesh(data=1, tensor=8)
@@ -77,8 +77,8 @@ def test_heads_that_do_not_divide(attention):
     check_equal(two_updates("preference_only", 1, mesh, attention=attention), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "mixed"])
+@pytest.mark.long
 def test_with_many_tokens_where_the_head_travels(monkeypatch, kind):
     monkeypatch.setattr(logprobs, "SPARE_TRAFFIC", 0)
     expected = on_one_device("preference_only")

@@ -17,7 +17,7 @@ from tests.runs import (
     write_config,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PATIENCE = 400
 SETTINGS = {

@@ -44,6 +44,12 @@ SOLVERS_AND_DATA = [
 ]
 
 
+def first_of(first, name, *values):
+    """A case; of other solvers than ``first`` it is left to the long part."""
+    marks = () if name == first else pytest.mark.long
+    return pytest.param(name, *values, marks=marks)
+
+
 def batch_of(inner_data, seed=0, **options):
     sft = random_batch(branches=1, seed=seed + 3, **options) if inner_data == "sft" else None
     return BilevelBatch(random_batch(seed=seed, **options), sft)
@@ -71,7 +77,9 @@ def relative_difference(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "inner_data"), SOLVERS_AND_DATA)
+@pytest.mark.parametrize(
+    ("name", "inner_data"), [first_of("penalty", *x) for x in SOLVERS_AND_DATA]
+)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_any_loss_works_with_any_solver(loss, name, inner_data):
     """Two steps: finite, the policy moves, and the metrics of both levels are there."""
@@ -89,8 +97,8 @@ def test_any_loss_works_with_any_solver(loss, name, inner_data):
     assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.long
 def test_every_solver_trains_the_decoder(name):
     """The real model, second derivatives included."""
     model = tiny_model()
@@ -105,7 +113,9 @@ def test_every_solver_trains_the_decoder(name):
     assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
 
 
-@pytest.mark.parametrize(("name", "inner_data"), SOLVERS_AND_DATA)
+@pytest.mark.parametrize(
+    ("name", "inner_data"), [first_of("penalty", *x) for x in SOLVERS_AND_DATA]
+)
 def test_accumulation_does_not_change_the_update(name, inner_data):
     ends = []
     for micro_batches in (1, 4):
@@ -124,9 +134,9 @@ def test_accumulation_does_not_change_the_update(name, inner_data):
     assert jax.tree.structure(state) == jax.tree.structure(accumulated)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inner_data", INNER_DATA)
 @pytest.mark.parametrize("name", ["alternating", "unrolled_first_order", "dynamic_barrier"])
+@pytest.mark.long
 def test_alphadpo_statistics_and_running_minimum_move_once_an_update(name, inner_data):
     """Whatever the number of inner steps: each belongs to the call that computed its level."""
     init, step = make_step(name, "alphadpo", inner_data, inner_value="running_min")
@@ -232,8 +242,8 @@ def test_a_barrier_step_with_sgd_does_not_raise_the_models_inner_loss():
     np.testing.assert_allclose(metrics["inner_change"], changes[1], rtol=0.05)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [first_of("primal_dual", name) for name in SOLVERS])
 def test_eight_devices_take_the_steps_of_one(name, micro_batches):
     inner_data = "chosen" if name == "preference_only" else "sft"
     init, step = make_step(name, "alphadpo", inner_data, micro_batches=micro_batches)
@@ -256,6 +266,7 @@ def test_eight_devices_take_the_steps_of_one(name, micro_batches):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.long
 def test_two_steps_and_two_are_four_bit_for_bit(name, tmp_path):
     """Through a checkpoint: multipliers, averages, outer iterates and both chains with it."""
     inner_data = "chosen" if name == "preference_only" else "sft"

@@ -22,7 +22,7 @@ def same(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_broken_row_changes_nothing_but_the_count(name, micro_batches):
     """Parameters, both optimizers, multipliers and statistics stay, bit for bit."""

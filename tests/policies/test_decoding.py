@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spo_jax.models import load_model, load_params
-from spo_jax.policies.generate import generate, room_steps, truncate
+from spo_jax.policies.decoding import generate, room_steps, truncate
 from tests.models.make_fixtures import transformers_model
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
 from tests.tiny import tiny_model, tiny_params
@@ -230,7 +230,7 @@ def test_a_cache_that_grows_changes_nothing(load, monkeypatch, name):
     model, params = load(name)
     tokens, mask = prompts()
     at_once = greedy(model, params, tokens, mask)
-    monkeypatch.setattr("spo_jax.policies.generate._FIRST_ROOM", 2)
+    monkeypatch.setattr("spo_jax.policies.decoding._FIRST_ROOM", 2)
     assert room_steps(NEW) == (2, 4, 8, NEW)
     np.testing.assert_array_equal(greedy(model, params, tokens, mask), at_once)
     ends = tuple(int(row[0]) for row in at_once)
@@ -244,12 +244,12 @@ def test_rooms_that_are_not_needed_are_not_compiled(load, monkeypatch):
     model, params = load("llama")
     tokens, mask = prompts()
     ends = tuple(int(i) for i in greedy(model, params, tokens, mask)[:, 1])
-    monkeypatch.setattr("spo_jax.policies.generate._FIRST_ROOM", 4)
+    monkeypatch.setattr("spo_jax.policies.decoding._FIRST_ROOM", 4)
 
     def refuse(cache, length):
         raise AssertionError(f"grown to {length}")
 
-    monkeypatch.setattr("spo_jax.policies.generate._grow", refuse)
+    monkeypatch.setattr("spo_jax.policies.decoding._grow", refuse)
     assert greedy(model, params, tokens, mask, eos_ids=ends).shape == (3, NEW)
     with pytest.raises(AssertionError, match="grown to 15"):
         greedy(model, params, tokens, mask)
@@ -259,7 +259,7 @@ def test_generation_can_be_part_of_a_compiled_function(load, monkeypatch):
     model, params = load("llama")
     tokens, mask = prompts()
     plain = greedy(model, params, tokens, mask)
-    monkeypatch.setattr("spo_jax.policies.generate._FIRST_ROOM", 4)
+    monkeypatch.setattr("spo_jax.policies.decoding._FIRST_ROOM", 4)
     settings = {"max_new_tokens": NEW, "temperature": 0.0, "eos_ids": ()}
     inside = jax.jit(lambda p, t, m: generate(model, p, t, m, **settings))
     np.testing.assert_array_equal(inside(params, tokens, mask), plain)
