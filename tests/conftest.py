@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 from tests.machine import CACHE, WITHOUT_TORCH, shared_cache, xla_flags
 
@@ -29,6 +30,24 @@ def pytest_configure(config):
     if hasattr(config, "workerinput") or not starts_workers:
         above = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([WITHOUT_TORCH, *([above] if above else [])])
+
+
+# One after the other, or minutes long: begun last, they would leave the other workers idle.
+LONGEST = (
+    *("training/test_killed.py", "training/test_several_processes.py", "training/test_meshes.py"),
+    *("training/test_solvers_on_models.py", "study/test_study.py", "training/test_run.py"),
+    *("dynamics/test_probes.py", "data/test_fuzz_rows.py", "plan/test_stage_plan.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first."""
+
+    def place(item):
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 from jaxtyping import install_import_hook  # noqa: E402
