@@ -60,6 +60,18 @@ def test_values_from_the_models_log_probs():
     np.testing.assert_allclose(metrics["inner_loss"], inner_loss, rtol=1e-5)
 
 
+def test_the_inner_level_on_sft_rows_is_their_token_mean():
+    """Over tokens and not over rows; the gap is taken against a number."""
+    rows = random_batch(branches=1, seed=3, filler=2)
+    built = levels(inner_data="sft", inner_value=0.5)
+    gap, (metrics, _) = built.inner(PARAMS, BilevelBatch(random_batch(), rows))
+    sums = completion_logprobs(LOGPROBS, PARAMS, rows)
+    tokens = int(scored_mask(rows).sum())
+    assert tokens > rows.row_ids.shape[0]
+    np.testing.assert_allclose(metrics["inner_loss"], -sums.sum() / tokens, rtol=1e-5)
+    np.testing.assert_allclose(gap, -sums.sum() / tokens - 0.5, rtol=1e-5)
+
+
 def test_filler_rows_change_nothing():
     pairs = random_batch(filler=3)
     cut = jax.tree.map(lambda x: x[:-3], pairs)
