@@ -70,6 +70,11 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of "
                 f"num_kv_heads={self.num_kv_heads}: every key/value head serves equally many heads"
             )
+        if self.head_dim < 2:
+            raise ValueError(
+                f"head_dim={self.head_dim}: hidden_size={self.hidden_size} does not suffice for "
+                f"num_heads={self.num_heads}: use fewer heads, or set head_dim"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
         if self.sliding_window is not None and self.sliding_window < 1:

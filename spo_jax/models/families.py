@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from spo_jax.models.architecture import DecoderConfig, RopeScaling
+from spo_jax.models.architecture import DecoderConfig
+from spo_jax.models.config_keys import check_config_keys, check_is_language_model, shown_value
 from spo_jax.models.names import LLAMA_NAMES, TensorName
+from spo_jax.models.positions import positions_to_hf, read_positions
 
 HFConfig: TypeAlias = Mapping[str, Any]
 """The content of a ``config.json``."""
@@ -20,7 +22,7 @@ HFConfig: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type``: ``defaults`` of absent keys and what ``traits`` reads from the rest."""
+    """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``."""
 
     architecture: str
     defaults: HFConfig
@@ -29,20 +31,31 @@ class Family:
 
 
 def _llama_traits(hf: HFConfig) -> dict[str, Any]:
-    bias = bool(hf.get("attention_bias"))
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(hf.get("mlp_bias"))}
+    bias = hf["attention_bias"]
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": hf["mlp_bias"]}
 
 
 def _mistral_traits(hf: HFConfig) -> dict[str, Any]:
+    if hf.get("use_sliding_window") is False and hf["sliding_window"] is not None:
+        raise ValueError(
+            f"config.json: use_sliding_window=False and sliding_window={hf['sliding_window']} "
+            "disagree (a mistral model has no such switch): remove the first, or set "
+            "sliding_window to null"
+        )
     return {"sliding_window": hf["sliding_window"]}
 
 
 def _qwen2_traits(hf: HFConfig) -> dict[str, Any]:
+    if not hf["attention_bias"]:
+        raise ValueError(
+            "config.json: attention_bias=False: a qwen2 model always has biases on queries, keys "
+            "and values; remove the key, or set model_type to the family of the weights"
+        )
     return {"qkv_bias": True, **_qwen_windows(hf)}
 
 
 def _qwen3_traits(hf: HFConfig) -> dict[str, Any]:
-    bias = bool(hf.get("attention_bias"))
+    bias = hf["attention_bias"]
     return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, **_qwen_windows(hf)}
 
 
@@ -72,6 +85,8 @@ _COMMON = {
     "head_dim": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
 }
@@ -87,7 +102,9 @@ _QWEN = {
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "LlamaForCausalLM", {**_COMMON, "max_position_embeddings": 2048}, _llama_traits
+        "LlamaForCausalLM",
+        {**_COMMON, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+        _llama_traits,
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -99,43 +116,38 @@ FAMILIES: dict[str, Family] = {
         },
         _mistral_traits,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, _qwen2_traits),
-    "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, _qwen3_traits),
+    "qwen2": Family("Qwen2ForCausalLM", {**_QWEN, "attention_bias": True}, _qwen2_traits),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128, "attention_bias": False}, _qwen3_traits
+    ),
 }
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 
-
-def family_of(hf_config: HFConfig) -> Family:
+def family_of(hf_config: HFConfig, where: str = "config.json") -> Family:
     """Look up the family by ``model_type``; an unknown one is an error that names the known."""
+    check_is_language_model(hf_config, where)
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type={model_type!r} is not supported: "
+            f"{where}: model_type={shown_value(model_type)} is not supported: "
             f"use one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
 
-def decoder_config_from_hf(hf_config: HFConfig) -> DecoderConfig:
+def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> DecoderConfig:
     """Translate the content of a ``config.json``; what we do not implement is an error.
 
-    Reads both ``rope_theta``/``rope_scaling`` and the later ``rope_parameters``. Dropout is
-    left aside: it is off in every checkpoint of these families, and off here.
+    So is a key that we do not know (``config_keys``), and what contradicts itself. ``where`` is
+    what errors call the content. Dropout is left aside: it is off here.
     """
-    family = family_of(hf_config)
-    missing = [key for key in _REQUIRED if hf_config.get(key) is None]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}: take the model's own config")
-    _refuse_unimplemented(hf_config)
+    family = family_of(hf_config, where)
+    _refuse_unimplemented(hf_config, family)
+    check_config_keys(
+        hf_config, defaults=family.defaults, architecture=family.architecture, where=where
+    )
     hf = {**family.defaults, **hf_config}
-    rope_theta, rope_scaling = _read_rope(hf)
+    rope_theta, rope_scaling = read_positions(hf_config, hf["max_position_embeddings"])
     num_heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -149,7 +161,7 @@ def decoder_config_from_hf(hf_config: HFConfig) -> DecoderConfig:
         rope_scaling=rope_scaling,
         rms_norm_eps=float(hf["rms_norm_eps"]),
         max_position_embeddings=hf["max_position_embeddings"],
-        tie_word_embeddings=bool(hf["tie_word_embeddings"]),
+        tie_word_embeddings=hf["tie_word_embeddings"],
         initializer_range=float(hf["initializer_range"]),
         **family.traits(hf),
     )
@@ -180,16 +192,18 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling_to_hf(config.rope_scaling),
+        "rope_scaling": positions_to_hf(config.rope_scaling),
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
+    }
+    traits = {
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
+        "use_sliding_window": sliding,
+        "sliding_window": config.sliding_window,
+        "layer_types": types,
     }
-    if "sliding_window" in family.defaults:
-        hf["sliding_window"] = config.sliding_window
-    if "layer_types" in family.defaults:
-        hf |= {"use_sliding_window": sliding, "layer_types": types}
+    hf |= {key: value for key, value in traits.items() if key in family.defaults}
     read_back = decoder_config_from_hf(hf)
     differing = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
     if differing:
@@ -200,48 +214,32 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
     return hf
 
 
-def _refuse_unimplemented(hf: HFConfig) -> None:
+def _refuse_unimplemented(hf: HFConfig, family: Family) -> None:
     refused = []
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        refused.append(f"hidden_act={hf['hidden_act']!r} (only 'silu')")
+        refused.append(f"hidden_act={shown_value(hf['hidden_act'])} (only 'silu')")
     if hf.get("quantization_config"):
         refused.append("quantization_config (export the model in a float dtype first)")
-    refused += [f"{key}={hf[key]!r}" for key in hf if "experts" in key and hf[key]]
-    for where in (hf, hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}):
-        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-            refused.append(f"partial_rotary_factor={where['partial_rotary_factor']!r} (only 1.0)")
-    types = hf.get("layer_types") or []
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if hf.get("partial_rotary_factor") not in (None, 1.0):
+        refused.append(f"partial_rotary_factor={hf['partial_rotary_factor']!r} (only 1.0)")
+    if hf.get("auto_map"):
+        refused.append(
+            f"auto_map={shown_value(hf['auto_map'])} (code of the folder is never run; remove the "
+            f"key if the model is a plain {family.architecture})"
+        )
+    types = hf.get("layer_types") or ()
+    types = types if isinstance(types, list | tuple) else ()
+    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
     if unknown:
         refused.append(f"layer_types {', '.join(unknown)}")
     mixed = "sliding_attention" in types or (types and hf.get("sliding_window"))
-    if mixed and "layer_types" not in family_of(hf).defaults:
+    if mixed and "layer_types" not in family.defaults:
         refused.append(f"layer_types in a {hf['model_type']} model")
     if refused:
         raise ValueError(f"config.json asks for what is not implemented: {'; '.join(refused)}")
-
-
-def _read_rope(hf: HFConfig) -> tuple[float, RopeScaling | None]:
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf["rope_theta"]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
-        return float(theta), RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(original),
+    layers = hf.get("num_hidden_layers")
+    if types and isinstance(layers, int) and len(types) != layers:
+        raise ValueError(
+            f"config.json: layer_types has {len(types)} entries for num_hidden_layers={layers}: "
+            "give one a layer"
         )
-    raise ValueError(
-        f"config.json: rope type {kind!r} is not implemented: use default, linear or llama3"
-    )
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    return scaling and {name: value for name, value in vars(scaling).items() if value is not None}

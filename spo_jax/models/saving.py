@@ -17,19 +17,10 @@ import numpy as np
 from spo_jax.models.architecture import DTYPES
 from spo_jax.models.decoder import Model
 from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
-from spo_jax.models.folders import load_hf_config
+from spo_jax.models.folders import files_to_carry, load_hf_config
 from spo_jax.models.names import StoredAs, stored_tensors
-from spo_jax.models.tensor_files import write_file
+from spo_jax.models.tensor_files import check_values, write_file
 from spo_jax.types import Params
-
-_CARRIED = (
-    "generation_config.json",
-    "*token*.json",
-    "tokenizer.model",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-)
 
 
 def save_pretrained(
@@ -82,14 +73,15 @@ def save_pretrained(
 
 
 def _config_json(hf_config: dict[str, Any], dtype: str) -> str:
-    key = "dtype" if "dtype" in hf_config else "torch_dtype"
-    return json.dumps(hf_config | {key: dtype}, indent=2) + "\n"
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
+    return json.dumps(hf_config | dict.fromkeys(keys, dtype), indent=2) + "\n"
 
 
 def _carry_files(source: Path, target: Path) -> None:
-    for pattern in _CARRIED:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    for name in files_to_carry(source):
+        if name != "config.json":
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
@@ -135,9 +127,12 @@ def _write_weights(
     }
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
-        for tensor in shard.values():
+        for name, tensor in shard.items():
             array = _to_host(leaves[tensor.path], tensor.layer)
-            yield array.T if tensor.transpose else array
+            with np.errstate(over="ignore"):
+                stored = np.asarray(array, jnp.dtype(dtype))
+            check_values(name, array, stored, "the parameters", f"dtype={dtype}")
+            yield stored.T if tensor.transpose else stored
 
     weight_map = {}
     total = 0

@@ -16,8 +16,10 @@ from spo_jax.models.decoder import Model
 from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
 from spo_jax.models.folders import load_hf_config
 from spo_jax.models.names import StoredAs, stored_tensors
-from spo_jax.models.tensor_files import StoredTensor, read_index
+from spo_jax.models.tensor_files import StoredTensor, check_values, read_index
 from spo_jax.types import Params
+
+_ROWS = 1024
 
 
 class WeightsError(ValueError):
@@ -39,7 +41,8 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
 
     ``shardings`` is a tree of ``jax.sharding.Sharding`` like the parameters (``None``: the
     default device). The host holds one device's piece of one parameter at a time.
-    Raises ``WeightsError`` with all missing, unused and misshapen tensors together.
+    Raises ``WeightsError`` with all missing, unused and misshapen tensors together, and for
+    values that are not finite, or not so in that dtype.
     """
     folder = Path(folder)
     names = family_of(load_hf_config(folder)).names
@@ -47,23 +50,33 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
     abstract = model.abstract_params()
     expected = stored_tensors(abstract, names)
     _check_tensors(folder, stored, expected, model)
+    if model.config.tie_word_embeddings:
+        _check_tied(folder, stored)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
 
-    sources: dict[str, list[np.ndarray]] = {}
+    sources: dict[str, list[tuple[str, np.ndarray]]] = {}
     for theirs, piece in expected.items():
         array = stored[theirs].array()
-        sources.setdefault(piece.path, []).append(array.T if piece.transpose else array)
+        source = (theirs, array.T if piece.transpose else array)
+        sources.setdefault(piece.path, []).append(source)
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         ours = jax.tree_util.keystr(path, simple=True, separator="/")
-        arrays, stacked = sources[ours], names[ours].stacked
+        stacked = names[ours].stacked
+
+        def convert(source: tuple[str, np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
+            theirs, array = source[0], source[1][index]
+            with np.errstate(over="ignore"):
+                found = np.array(array, leaf.dtype)
+            check_values(theirs, array, found, str(folder), f"param_dtype={leaf.dtype}")
+            return found
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if not stacked:
-                return np.array(arrays[0][index], leaf.dtype)
-            return np.stack([np.asarray(a[index[1:]], leaf.dtype) for a in arrays[index[0]]])
+                return convert(sources[ours][0], index)
+            return np.stack([convert(one, index[1:]) for one in sources[ours][index[0]]])
 
         return _place(leaf, sharding, read)
 
@@ -84,6 +97,25 @@ def _place(leaf: jax.ShapeDtypeStruct, sharding: Any, read: Callable) -> jax.Arr
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, pieces)
 
 
+def _check_tied(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    """A head that is stored beside the embedding it is tied to has to be the same numbers."""
+    head = stored.get("lm_head.weight")
+    if head is None:
+        return
+    embed = stored["model.embed_tokens.weight"]
+    here, there = head.array(), embed.array()
+    same = head.shape == embed.shape and all(
+        np.array_equal(np.asarray(here[rows], np.float32), np.asarray(there[rows], np.float32))
+        for rows in (slice(start, start + _ROWS) for start in range(0, len(here), _ROWS))
+    )
+    if not same:
+        raise WeightsError(
+            f"{folder}: config.json has tie_word_embeddings=true, and lm_head.weight is not "
+            "model.embed_tokens.weight: set tie_word_embeddings to false to keep this head, or "
+            "remove the tensor to use the embedding"
+        )
+
+
 def _check_tensors(
     folder: Path,
     stored: dict[str, StoredTensor],
@@ -101,6 +133,8 @@ def _check_tensors(
         f"misshapen {name}: expected {expected[name].shape}, found {stored[name].shape}"
         for name in misshapen
     ]
+    if "lm_head.weight" in missing and len(lines) == 1:
+        lines[0] += " (or tie_word_embeddings=true, if the model's head is its embedding)"
     if lines:
         listed = "\n  ".join(lines)
         raise WeightsError(

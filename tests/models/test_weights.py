@@ -99,6 +99,18 @@ def test_pieces_land_on_eight_devices(folder):
     assert params["embed"].addressable_shards[0].data.shape == (10, 8)
 
 
+def test_an_export_in_another_dtype_says_so_once(folder, tmp_path):
+    both = load_hf_config(folder) | {"dtype": "float32", "torch_dtype": "float32"}
+    write_folder(folder, both)
+    model = load_model(folder)
+    save_pretrained(
+        tmp_path / "out", load_params(folder, model), model, source=folder, dtype="bfloat16"
+    )
+    written = load_hf_config(tmp_path / "out")
+    assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
+    load_model(tmp_path / "out")
+
+
 def test_export_gathers_from_devices_and_carries_files(folder, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text("{}")
@@ -156,6 +168,124 @@ def test_all_tensors_that_do_not_fit_are_named_together(tmp_path):
     assert "misshapen model.norm.weight: expected (16,), found (17,)" in message
     assert "inv_freq" not in message
     assert "lm_head" not in message
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    folder = write_folder(tmp_path, HF_CONFIGS["llama_tied"])
+    tensors = weights(HF_CONFIGS["llama_tied"])
+    head = tensors["model.embed_tokens.weight"].copy()
+    rewrite(folder, tensors | {"lm_head.weight": head})
+    load_params(folder, load_model(folder))
+    head[-1, -1] += 1
+    for wrong in (head, head[:-1]):
+        rewrite(folder, tensors | {"lm_head.weight": wrong})
+        with pytest.raises(WeightsError, match="set tie_word_embeddings to false"):
+            load_params(folder, load_model(folder))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_not_finite_are_named(dtype, value, tmp_path):
+    folder = write_folder(tmp_path, HF_CONFIGS["llama_tied"])
+    model = load_model(folder, Execution(param_dtype=dtype))
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        tensors = weights(HF_CONFIGS["llama_tied"])
+        tensors[name].flat[-1] = value
+        shapes = {key: array.shape for key, array in tensors.items()}
+        write_file(folder / "model.safetensors", shapes, jnp.dtype(dtype), tensors.values())
+        with pytest.raises(ValueError, match=rf"{name} holds (nan|-?inf)"):
+            load_params(folder, model)
+
+
+def test_values_beyond_the_dtype_are_named(tmp_path):
+    folder = write_folder(tmp_path / "source", HF_CONFIGS["llama_tied"])
+    tensors = weights(HF_CONFIGS["llama_tied"])
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = -70_000
+    rewrite(folder, tensors)
+    model = load_model(folder, Execution(param_dtype="float16"))
+    message = r"down_proj\.weight holds -70000, beyond the largest float16 \(65504\)"
+    with pytest.raises(ValueError, match=message):
+        load_params(folder, model)
+    whole = load_model(folder)
+    params = load_params(folder, whole)
+    with pytest.raises(ValueError, match=r"beyond the largest float16.*dtype=float16"):
+        save_pretrained(tmp_path / "out", params, whole, source=folder, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    load_params(folder, load_model(folder, Execution(param_dtype="bfloat16")))
+
+
+def in_shards(folder):
+    """The folder's tensors in two files with an index; gives that index."""
+    model = load_model(folder)
+    target = folder.with_name("shards")
+    save_pretrained(target, load_params(folder, model), model, source=folder, max_shard_bytes=8000)
+    index = target / "model.safetensors.index.json"
+    return target, index, json.loads(index.read_text())
+
+
+def test_an_index_and_its_files_name_the_same_tensors(tmp_path):
+    whole = write_folder(tmp_path / "source", HF_CONFIGS["llama_tied"])
+    folder, file, index = in_shards(whole)
+    places = index["weight_map"]
+    first, last = next(iter(places)), list(places)[-1]
+    assert places[first] != places[last]
+    spoiled = [
+        ({**places, first: places[last]}, f"{first} not in {places[last]}"),
+        ({**places, "surprise": places[last]}, f"surprise not in {places[last]}"),
+        ({k: v for k, v in places.items() if k != first}, f"{first} in .*not in the index"),
+        ({**places, first: "../model.safetensors"}, "expected files beside it"),
+        ({**places, first: 3}, "expected a weight_map"),
+        ([*places], "expected a weight_map"),
+    ]
+    for weight_map, message in spoiled:
+        file.write_text(json.dumps(index | {"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            read_index(folder)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json cannot be read as JSON"):
+        read_index(folder)
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+    whole = write_folder(tmp_path / "source", HF_CONFIGS["llama_tied"])
+    folder, file, index = in_shards(whole)
+    shutil.copy(whole / "model.safetensors", folder)
+    with pytest.raises(ValueError, match="two sets of weights"):
+        read_index(folder)
+    file.write_text(
+        json.dumps({"weight_map": dict.fromkeys(index["weight_map"], "model.safetensors")})
+    )
+    assert read_index(folder).keys() == read_index(whole).keys()
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder, _, index = in_shards(write_folder(tmp_path / "source", HF_CONFIGS["llama_tied"]))
+    one, other = sorted(set(index["weight_map"].values()))[:2]
+    shutil.copy(folder / one, folder / other)
+    with pytest.raises(ValueError, match=f"in {one} and {other}"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "does not fill"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "begins at byte"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "describes"),
+        (b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "cannot be"),
+        (b'{"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}', "is not dtype"),
+        (b'{"a": {"dtype": 4, "shape": [2], "data_offsets": [0, 8]}}', "cannot be"),
+        (b'{"a": 3}', "is not dtype"),
+        (b'{"a": {"x": 1}, "a": {"x": 1}}', "'a' stands twice"),
+        (b"[]", "no JSON object"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(header, message, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=f"not a complete safetensors file.*{message}"):
+        read_header(file)
 
 
 def test_folders_that_hold_no_model_say_what_to_do(tmp_path):

@@ -1,0 +1,205 @@
+"""Every key of a ``config.json`` is used, known to change nothing here, or refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+
+from spo_jax.models import FAMILIES, decoder_config_from_hf, load_hf_config
+from spo_jax.models.config_keys import KINDS, unused_settings
+from tests.models.tiny_models import HF_CONFIGS
+
+LLAMA3 = HF_CONFIGS["llama"]["rope_scaling"]
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_transformers_writes_is_read(name, whole):
+    """Also with what its configuration class adds to a model's own keys."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**HF_CONFIGS[name])
+    written = json.loads(config.to_json_string(use_diff=not whole))
+    assert decoder_config_from_hf(written) == decoder_config_from_hf(HF_CONFIGS[name])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_keys_are_what_transformers_takes(model_type):
+    import transformers
+
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 64,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+    }
+    config = transformers.AutoConfig.for_model(model_type, **shape)
+    ours = decoder_config_from_hf({"model_type": model_type, **shape, "head_dim": 2})
+    assert ours.num_kv_heads == config.num_key_value_heads
+    assert ours.rms_norm_eps == config.rms_norm_eps
+    assert ours.rope_theta == config.rope_parameters["rope_theta"]
+    assert ours.max_position_embeddings == config.max_position_embeddings
+    assert ours.shared_window == (config.sliding_window if model_type == "mistral" else None)
+    assert ours.tie_word_embeddings == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"pretraining_tp": 2, "use_cache": False, "is_decoder": True, "torchscript": False},
+        {"id2label": {"0": "a"}, "num_labels": 1, "problem_type": None},
+        {"architectures": None},
+        {"architectures": []},
+        {"dtype": "bfloat16", "torch_dtype": "torch.bfloat16"},
+        {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": -1},
+        {"attention_dropout": 0.1, "temperature": 0.6},  # not used, and named where it is loaded
+        {"logit_scale": None, "use_mrope": False, "is_causal": True, "quantization_config": None},
+        {"chunk_size_feed_forward": 0, "partial_rotary_factor": 1.0, "auto_map": {}},
+        {"layer_types": ["full_attention"] * 3},
+    ],
+)
+def test_what_changes_nothing_is_read_past(harmless):
+    llama = HF_CONFIGS["llama"]
+    assert decoder_config_from_hf(llama | harmless) == decoder_config_from_hf(llama)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama", {"logit_scale": 0.5}, "logit_scale=0.5. Remove from config.json what does not"),
+        ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("llama", {"embedding_multiplier": 12}, "embedding_multiplier=12"),
+        ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
+        ("llama", {"sliding_window": 4}, "sliding_window=4"),
+        ("llama", {"num_key_value_head": 2}, "did you mean 'num_key_value_heads'"),
+        ("llama", {"is_causal": False}, "is_causal=False"),
+        ("llama", {"per_layer_config": {"0": {"head_dim": 2}}}, "per_layer_config"),
+        ("llama", {"original_max_position_embeddings": 8}, "original_max_position_embeddings=8"),
+        ("llama", {"auto_map": {"AutoModel": "m.py"}}, "auto_map.*never run"),
+        ("llama", {"compression_config": {"format": "int8"}}, "compression_config"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window=False.*disagree"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen2", {"attention_bias": False}, "always has biases"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
+        ("llama", {"architectures": ["LlamaModel"]}, "expected LlamaForCausalLM"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "expected a list of texts"),
+        ("llama", {"dtype": "float32", "torch_dtype": "float16"}, "disagree: keep one"),
+        ("llama", {"text_config": {"model_type": "llama"}}, "a part of a larger model"),
+        ("llama", {"model_type": ["llama"]}, "is not supported"),
+        ("llama", {"layer_types": ["full_attention"] * 2}, "2 entries for num_hidden_layers=3"),
+        ("llama", {"layer_types": "full"}, "expected a list of texts"),
+        ("qwen2", {"layer_types": ["full_attention"] * 4}, "4 entries for num_hidden_layers=3"),
+        ("llama", {"head_dim": None, "num_attention_heads": 32}, "head_dim=0: hidden_size=16"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused_by_name(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_config_from_hf(HF_CONFIGS[name] | change)
+
+
+@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize("value", ["64", 1.5, -1, 0, [], {}, True, None, 2**40, float("nan")])
+def test_values_of_a_wrong_type_are_refused_by_name(key, value):
+    """Or they are right: a value of the kind that the key takes."""
+    wanted, takes = KINDS[key]
+    takes_null = value is None and decoder_takes_null(key)
+    config = HF_CONFIGS["llama"] | {key: value}
+    if takes(value) or takes_null:
+        with contextlib.suppress(ValueError):  # of a shape that does not fit the others
+            decoder_config_from_hf(config)
+        return
+    with pytest.raises(ValueError, match=rf"{key}|num_{key}") as error:
+        decoder_config_from_hf(config)
+    assert any(words in str(error.value) for words in (wanted, "lacks", "emove", "use", "only"))
+
+
+def decoder_takes_null(key):
+    return key in {
+        "head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "layer_types",
+        "architectures", "sliding_window", "use_sliding_window", "max_window_layers",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}}, "disagree"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": LINEAR}, "disagree"),
+        ({"rope_theta": 1e4, "rope_parameters": LINEAR | {"rope_theta": 5e5}}, "rope_theta=50000"),
+        ({"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 5e5}}, "disagree"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}}, "keep one"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not impl"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "'longrope' is not"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "is not implemented"),
+        ({"rope_scaling": LINEAR | {"attention_factor": 1.2}}, "attention_factor=1.2"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0, which would not be used"),
+        ({"rope_scaling": LINEAR | {"mscale": 1.0}}, "mscale=1.0"),
+        ({"rope_parameters": {"full_attention": LINEAR}}, "full_attention"),
+        ({"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": LINEAR | {"factor": "2"}}, "factor='2': expected a number above 0"),
+        ({"rope_scaling": LINEAR | {"factor": 0}}, "factor=0: expected a number above 0"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "expected the second above"),
+        ({"rope_scaling": "linear"}, "expected a mapping"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4'"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+    ],
+)
+def test_positions_say_one_thing(rope, message):
+    config = {k: v for k, v in HF_CONFIGS["llama"].items() if not k.startswith("rope_")} | rope
+    with pytest.raises(ValueError, match=message):
+        decoder_config_from_hf(config)
+
+
+def test_positions_said_twice_alike_are_read():
+    config = HF_CONFIGS["llama"]
+    rope = config["rope_scaling"] | {"rope_theta": config["rope_theta"], "type": "llama3"}
+    assert decoder_config_from_hf(config | {"rope_parameters": rope}) == decoder_config_from_hf(
+        config
+    )
+
+
+def test_a_mistyped_key_of_model_init_names_the_nearest():
+    for key, value in (("hidden_sise", 16), ("tie_word_embedding", False), ("mlp_bia", None)):
+        with pytest.raises(ValueError, match=rf"model\.init: .*{key}.*did you mean"):
+            decoder_config_from_hf(HF_CONFIGS["llama"] | {key: value}, "model.init")
+    with pytest.raises(ValueError, match=r"model\.init lacks hidden_size"):
+        decoder_config_from_hf(HF_CONFIGS["llama"] | {"hidden_size": None}, "model.init")
+
+
+def test_unused_settings_are_those_that_say_something():
+    assert unused_settings({"temperature": 1.0, "top_k": 50, "attention_dropout": 0.0}) == {}
+    said = {"temperature": 0.7, "suppress_tokens": [1], "attention_dropout": 0.1}
+    assert unused_settings(said | {"eos_token_id": 2}) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "cannot be read as JSON"),
+        (b"", "cannot be read as JSON"),
+        (b"\xff\xfe{}", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1]", "holds a list, expected a JSON object"),
+        (b'{"hidden_size": 16, "hidden_size": 32}', "'hidden_size' stands twice"),
+    ],
+)
+def test_a_broken_file_is_named(text, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+        load_hf_config(tmp_path)
+
+
+def test_an_adapter_is_not_passed_over(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "a/base"}')
+    with pytest.raises(ValueError, match=r"an adapter for a/base .*merge_and_unload"):
+        load_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIGS["llama"]))
+    with pytest.raises(ValueError, match="would not be applied"):
+        load_hf_config(tmp_path)
