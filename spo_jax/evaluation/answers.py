@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import BUILTIN_TASK, AnswersConfig, Config, DataConfig
+from spo_jax.data import encode_prompts
 from spo_jax.parallel.processes import is_first
-from spo_jax.policies.completions import complete, stop_ids
+from spo_jax.policies.completions import MAX_PROMPT_LENGTH, complete, stop_ids
+from spo_jax.policies.limits import check_prompts, warn_of_long_outputs
 from spo_jax.policies.loading import Policy
 from spo_jax.policies.rows import read_rows, task_problems
 from spo_jax.tasks import TASKS
@@ -63,6 +65,16 @@ def make_exam(config: Config, tokenizer: Any) -> Exam | None:
     )
     settings["max_new_tokens"] = section.max_new_tokens or TASKS[section.task].max_new_tokens
     return Exam(section.task, [(row.prompt, reference_answer(row)) for row in rows], settings)
+
+
+def check_exam(exam: Exam, policy: Policy) -> None:
+    """Raise ``ValueError`` for problems that ``policy`` cannot be asked; warn of long answers."""
+    most = exam.settings.get("max_prompt_length", MAX_PROMPT_LENGTH)
+    prompts = [prompt for prompt, _ in exam.problems]
+    ids = encode_prompts(prompts, policy.tokenizer, max_prompt_length=most)
+    check_prompts(ids, policy.model.config, policy.tokenizer)
+    longest = max(map(len, ids), default=0)
+    warn_of_long_outputs(longest, exam.settings["max_new_tokens"], policy.model.config)
 
 
 def reference_answer(row: PreferenceRow | SFTRow) -> str:

@@ -13,7 +13,7 @@ from spo_jax.checkpoints import load_reference
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
-from spo_jax.evaluation.answers import Exam, answer, reference_answer
+from spo_jax.evaluation.answers import Exam, answer, check_exam, reference_answer
 from spo_jax.evaluation.heldout import (
     preference_summary,
     row_logprobs,
@@ -22,6 +22,7 @@ from spo_jax.evaluation.heldout import (
 )
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
+from spo_jax.policies.limits import check_rows
 from spo_jax.policies.loading import Policy, find_run, load_policy
 from spo_jax.policies.rows import prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
@@ -55,7 +56,9 @@ def grade(
     gets each prompt, output and verdict as a JSON line.
     """
     problems = [(row.prompt, reference_answer(row)) for row in rows]
-    lines = answer(Exam(task, problems, settings), policy)
+    exam = Exam(task, problems, settings)
+    check_exam(exam, policy)
+    lines = answer(exam, policy)
     if outputs is not None:
         write_rows(Path(outputs), lines)
     result: dict[str, Any] = {"problems": len(lines)}
@@ -116,6 +119,7 @@ def evaluate_model(
 
         policy = load(model, "policy")
         rows = prepare_rows(section, kind, policy.tokenizer, seed=0, name="data")
+        check_rows(rows, policy.model.config, policy.tokenizer, "data")
         size = round_up(batch_size, batch_shards(mesh))
         batches = eval_batches(rows.train, batch_size=size, buckets=rows.buckets)
         logprobs = make_logprobs_fn(policy.model, chunk_tokens=ModelConfig().logprob_chunk)
@@ -126,6 +130,7 @@ def evaluate_model(
             run = find_run(model)
             if reference is not None:
                 frozen_policy = load(reference, "reference")
+                check_rows(rows, frozen_policy.model.config, policy.tokenizer, "data (reference)")
                 frozen_fn = make_logprobs_fn(
                     frozen_policy.model, chunk_tokens=ModelConfig().logprob_chunk
                 )

@@ -129,7 +129,7 @@ def _write_weights(
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
             array = _to_host(leaves[tensor.path], tensor.layer)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 stored = np.asarray(array, jnp.dtype(dtype))
             check_values(name, array, stored, "the parameters", f"dtype={dtype}")
             yield stored.T if tensor.transpose else stored

@@ -180,8 +180,9 @@ def check_values(
     """
     if _all_finite(converted):
         return
-    spoiled = ~np.isfinite(np.asarray(converted, np.float64))
-    before = float(np.asarray(source)[spoiled][0])
+    with np.errstate(invalid="ignore"):
+        spoiled = ~np.isfinite(np.asarray(converted, np.float64))
+        before = float(np.asarray(source)[spoiled][0])
     if np.isfinite(before):
         largest = float(ml_dtypes.finfo(converted.dtype).max)
         raise ValueError(

@@ -68,7 +68,7 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
 
         def convert(source: tuple[str, np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
             theirs, array = source[0], source[1][index]
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 found = np.array(array, leaf.dtype)
             check_values(theirs, array, found, str(folder), f"param_dtype={leaf.dtype}")
             return found

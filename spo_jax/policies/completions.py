@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.data import encode_prompts
+from spo_jax.models.folders import read_object
 from spo_jax.parallel.processes import everywhere
 from spo_jax.policies.decoding import generate
+from spo_jax.policies.limits import check_prompts
 from spo_jax.types import Params
+
+MAX_PROMPT_LENGTH = 1024
+"""Tokens of a prompt that are kept, where nothing else is said."""
 
 
 class Completion(NamedTuple):
@@ -35,7 +39,7 @@ def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
     """
     found: set[int] = set()
     for file in (Path(folder) / name for name in ("generation_config.json", "config.json")):
-        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        named = read_object(file).get("eos_token_id") if file.is_file() else None
         if named is None:
             continue
         ids = named if isinstance(named, list) else [named]
@@ -65,7 +69,7 @@ def complete_batches(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    max_prompt_length: int = 1024,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -88,6 +92,7 @@ def complete_batches(
         return
     stops = (tokenizer.eos_token_id,) if stop_ids is None else tuple(stop_ids)
     ids = encode_prompts(prompts, tokenizer, max_prompt_length=max_prompt_length)
+    check_prompts(ids, model.config, tokenizer)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     numbers = np.arange(len(ids)) if rows is None else np.asarray(rows)
     keys = jax.random.split(jax.random.PRNGKey(seed), int(numbers.max()) + 1)[numbers]

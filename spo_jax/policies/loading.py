@@ -13,16 +13,30 @@ from spo_jax.checkpoints import CheckpointReader
 from spo_jax.checkpoints.atomic import replace_bytes, replace_text
 from spo_jax.config.schema import BUILTIN_TASK, ModelConfig
 from spo_jax.data import load_tokenizer
-from spo_jax.models import Execution, Model, load_model, load_params, resolve_model_folder
+from spo_jax.models import (
+    Execution,
+    Model,
+    decoder_config_from_hf,
+    load_hf_config,
+    load_model,
+    load_params,
+    resolve_model_folder,
+)
+from spo_jax.models.folders import files_to_carry
 from spo_jax.parallel.mesh import sharded_shapes, tree_shardings
-from spo_jax.parallel.processes import by_first
+from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.folder_news import (
+    check_json_files,
+    check_stop_ids,
+    files_news,
+    folder_news,
+)
+from spo_jax.policies.limits import say_of_tokenizer
 from spo_jax.tasks import arithmetic
 from spo_jax.types import Params
 
 MODEL_FOLDER = "model"
 """Inside a run: config.json and tokenizer, so that the run is a model by itself."""
-
-_CARRIED = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.jinja")
 
 
 class Policy(NamedTuple):
@@ -66,7 +80,8 @@ def load_policy(
 
     ``work`` receives what the run must keep of it (config.json and tokenizer), from the first
     process. With ``unchanged`` it is an error if that differs from what is there already.
-    Raises one error that names path and mend when there is no such model.
+    Raises one error that names path and mend when there is no such model. What lies in its
+    folder and is not used is said.
     """
     run = source = None
     if config.init is None:
@@ -75,16 +90,49 @@ def load_policy(
         if run is None:
             by_first(lambda: _text(resolve_model_folder(config.path)))
         source = Path(run) / MODEL_FOLDER if run else resolve_model_folder(config.path)
+    if source is not None:
+        by_first(lambda: _check(source))
     by_first(lambda: _fill(work, source, config, unchanged))
+    model = load_model(work if source is None else source, execution(config, mesh))
+    check_stop_ids(work if source is None else source, model.config.vocab_size)
+    tokenizer = _tokenizer(work)
+    say_of_tokenizer(tokenizer, model.config)
+    aside = [] if source is None or run else files_news(source)
+    for line in (*folder_news(work, tokenizer), *aside):
+        say(line)
     if source is None:
-        return _random_policy(config, mesh, seed, work)
-    model = load_model(source, execution(config, mesh))
-    if run:
+        params = _random_params(model, mesh, seed)
+    elif run:
         like = sharded_shapes(model.abstract_params(), mesh)
         params = CheckpointReader(Path(run)).restore_params(like)
     else:
         params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
-    return Policy(model, params, load_tokenizer(work), work)
+    return Policy(model, params, tokenizer, work)
+
+
+def _check(source: Path) -> None:
+    """Raise for what no model can be read from, before anything is copied."""
+    decoder_config_from_hf(load_hf_config(source))
+    check_json_files(source)
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder; its libraries fail in many ways, which all mean the same here."""
+    there = Path(folder).is_dir()
+    if there:
+        check_json_files(Path(folder))
+    try:
+        return load_tokenizer(folder)
+    except Exception as cause:
+        if there:
+            check_json_files(Path(folder), large=True)
+        if isinstance(cause, FileNotFoundError):
+            raise
+        brief = str(cause).strip().partition("\n")[0]
+        raise ValueError(
+            f"no tokenizer: the files of {folder} cannot be read ({type(cause).__name__}: "
+            f"{brief}): download or export the folder again"
+        ) from cause
 
 
 def _text(path: Path | None) -> str | None:
@@ -95,41 +143,43 @@ def _fill(work: Path, source: Path | None, config: ModelConfig, unchanged: bool)
     """Put config.json and tokenizer into ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     if source is not None:
-        _carry(source, work, unchanged)
+        # Of two tokenizers only one may lie there: a template of the other would be taken.
+        _carry(source, work, unchanged, tokenizer=config.tokenizer is None)
     if config.tokenizer == BUILTIN_TASK:
         arithmetic.write_tokenizer(work)
     elif config.tokenizer is not None:
-        load_tokenizer(config.tokenizer).save_pretrained(work)
+        _tokenizer(config.tokenizer).save_pretrained(work)
     if source is None:
-        replace_text(work / "config.json", json.dumps(_architecture(config, work), indent=2))
+        found = _architecture(config, work)
+        decoder_config_from_hf(found, "model.init")
+        replace_text(work / "config.json", json.dumps(found, indent=2))
 
 
 def _architecture(config: ModelConfig, work: Path) -> dict[str, Any]:
     """``model.init``, with what the tokenizer tells."""
-    tokenizer = load_tokenizer(work)
+    tokenizer = _tokenizer(work)
     found = {"vocab_size": len(tokenizer), **(config.init or {})}
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         found.setdefault(name, getattr(tokenizer, name))
     return found
 
 
-def _random_policy(config: ModelConfig, mesh: Mesh, seed: int, work: Path) -> Policy:
-    model = load_model(work, execution(config, mesh))
+def _random_params(model: Model, mesh: Mesh, seed: int) -> Params:
     shardings = tree_shardings(model.abstract_params(), mesh)
-    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
-    return Policy(model, params, load_tokenizer(work), work)
+    return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _carry(source: Path, target: Path, unchanged: bool) -> None:
-    for pattern in _CARRIED:
-        for file in source.glob(pattern):
-            if not file.is_file() or source == target:
-                continue
-            own, new = target / file.name, file.read_bytes()
-            if unchanged and own.exists() and own.read_bytes() != new:
-                raise ValueError(
-                    f"{file} is not what the run in {target.parent} was started with (it keeps "
-                    f"{own}): bring the model back that it began with, or go on with this one by "
-                    "--allow-changes"
-                )
-            replace_bytes(own, new)
+def _carry(source: Path, target: Path, unchanged: bool, *, tokenizer: bool) -> None:
+    if source == target:
+        return
+    for name in files_to_carry(source, tokenizer=tokenizer):
+        file, own = source / name, target / name
+        new = file.read_bytes()
+        if unchanged and own.exists() and own.read_bytes() != new:
+            raise ValueError(
+                f"{file} is not what the run in {target.parent} was started with (it keeps "
+                f"{own}): bring the model back that it began with, or go on with this one by "
+                "--allow-changes"
+            )
+        own.parent.mkdir(exist_ok=True)
+        replace_bytes(own, new)

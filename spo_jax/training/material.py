@@ -20,6 +20,7 @@ from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
 from spo_jax.parallel.processes import by_first
+from spo_jax.policies.limits import check_rows
 from spo_jax.policies.loading import Policy, is_run, load_policy
 from spo_jax.policies.reference_logprobs import make_reference_logprobs
 from spo_jax.policies.rows import Rows, prepare_rows, round_up
@@ -55,6 +56,7 @@ def rows_of_stage(
             read[section] = prepare_rows(
                 data, kind, policy.tokenizer, seed=config.seed, name=section
             )
+            check_rows(read[section], policy.model.config, policy.tokenizer, section)
         return read[section]
 
     if name == "sft":

@@ -14,7 +14,7 @@ from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
-from spo_jax.evaluation.answers import Exam, make_exam
+from spo_jax.evaluation.answers import Exam, check_exam, make_exam
 from spo_jax.losses import PreferenceLoss
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
@@ -94,6 +94,8 @@ def train(
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)
         exam, loss = make_exam(config, start.tokenizer), preference_loss(config)
+        if exam is not None:
+            check_exam(exam, start)
         results: dict[str, StageResult] = {}
         read: dict[str, Rows] = {}
         for number, name in enumerate(stages):

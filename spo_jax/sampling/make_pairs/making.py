@@ -17,6 +17,7 @@ from spo_jax.data import TextRows
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.completions import Completion
+from spo_jax.policies.limits import warn_of_long_outputs
 from spo_jax.policies.loading import Policy, load_policy
 from spo_jax.policies.rows import read_rows
 from spo_jax.sampling.make_pairs.draws import (
@@ -191,6 +192,8 @@ def _describe(
     ids = checked_prompt_ids(
         policy.tokenizer, [problem.prompt for problem in problems], settings.max_prompt_length
     )
+    longest = min(max(map(len, ids), default=0), settings.max_prompt_length)
+    warn_of_long_outputs(longest, settings.answer_tokens, policy.model.config)
     return {
         **asdict(settings),
         "max_new_tokens": settings.answer_tokens,
