@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import BUILTIN_TASK, AnswersConfig, Config, DataConfig
-from spo_jax.data import encode_prompts
 from spo_jax.parallel.processes import is_first
 from spo_jax.policies.completions import MAX_PROMPT_LENGTH, complete, stop_ids
-from spo_jax.policies.limits import check_prompts, warn_of_long_outputs
+from spo_jax.policies.limits import check_texts
 from spo_jax.policies.loading import Policy
 from spo_jax.policies.rows import read_rows, task_problems
 from spo_jax.tasks import TASKS
@@ -69,12 +68,13 @@ def make_exam(config: Config, tokenizer: Any) -> Exam | None:
 
 def check_exam(exam: Exam, policy: Policy) -> None:
     """Raise ``ValueError`` for problems that ``policy`` cannot be asked; warn of long answers."""
-    most = exam.settings.get("max_prompt_length", MAX_PROMPT_LENGTH)
-    prompts = [prompt for prompt, _ in exam.problems]
-    ids = encode_prompts(prompts, policy.tokenizer, max_prompt_length=most)
-    check_prompts(ids, policy.model.config, policy.tokenizer)
-    longest = max(map(len, ids), default=0)
-    warn_of_long_outputs(longest, exam.settings["max_new_tokens"], policy.model.config)
+    check_texts(
+        [prompt for prompt, _ in exam.problems],
+        policy.model.config,
+        policy.tokenizer,
+        max_prompt_length=exam.settings.get("max_prompt_length", MAX_PROMPT_LENGTH),
+        max_new_tokens=exam.settings["max_new_tokens"],
+    )
 
 
 def reference_answer(row: PreferenceRow | SFTRow) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spo_jax.data import TokenizedRows
+from spo_jax.data import TokenizedRows, encode_prompts
 from spo_jax.models import DecoderConfig
 from spo_jax.parallel.processes import say
 from spo_jax.policies.rows import Rows
@@ -84,6 +84,20 @@ def check_prompts(ids: Sequence[Sequence[int]], config: DecoderConfig, tokenizer
             f"max_position_embeddings={config.max_position_embeddings}: there is no room for an "
             f"output; lower max_prompt_length to {config.max_position_embeddings - 1} or less"
         )
+
+
+def check_texts(
+    texts: Sequence[str],
+    config: DecoderConfig,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int,
+    max_new_tokens: int,
+) -> None:
+    """``check_prompts`` of texts, and a word where outputs can run past the model's positions."""
+    ids = encode_prompts(texts, tokenizer, max_prompt_length=max_prompt_length)
+    check_prompts(ids, config, tokenizer)
+    warn_of_long_outputs(max(map(len, ids), default=0), max_new_tokens, config)
 
 
 def warn_of_long_outputs(longest_prompt: int, new: int, config: DecoderConfig) -> None:

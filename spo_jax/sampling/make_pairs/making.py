@@ -17,7 +17,7 @@ from spo_jax.data import TextRows
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.completions import Completion
-from spo_jax.policies.limits import warn_of_long_outputs
+from spo_jax.policies.limits import check_texts
 from spo_jax.policies.loading import Policy, load_policy
 from spo_jax.policies.rows import read_rows
 from spo_jax.sampling.make_pairs.draws import (
@@ -75,6 +75,13 @@ def make_pairs(
         policy = load_policy(config, make_mesh(), seed=0, work=Path(work))
         rows = read_rows(section, "sft", policy.tokenizer, name="data")
         problems = gradable_problems(rows, policy.tokenizer, settings.task, on_bad_row=on_bad_row)
+        check_texts(
+            [problem.prompt for problem in problems],
+            policy.model.config,
+            policy.tokenizer,
+            max_prompt_length=settings.max_prompt_length,
+            max_new_tokens=settings.answer_tokens,
+        )
         return write_pairs(policy, problems, out, settings, model=model, batch_size=batch_size)
 
 
@@ -192,8 +199,6 @@ def _describe(
     ids = checked_prompt_ids(
         policy.tokenizer, [problem.prompt for problem in problems], settings.max_prompt_length
     )
-    longest = min(max(map(len, ids), default=0), settings.max_prompt_length)
-    warn_of_long_outputs(longest, settings.answer_tokens, policy.model.config)
     return {
         **asdict(settings),
         "max_new_tokens": settings.answer_tokens,
