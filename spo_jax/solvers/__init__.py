@@ -12,7 +12,13 @@ from spo_jax.solvers.alternating import make_alternating
 from spo_jax.solvers.base import Levels, Solver, SolverState, make_levels
 from spo_jax.solvers.dynamic_barrier import INSIDE, make_dynamic_barrier
 from spo_jax.solvers.inner_only import make_inner_only
-from spo_jax.solvers.optimizers import make_optimizer, make_schedule, optimizer_options
+from spo_jax.solvers.movement import all_finite, movable_share, moved_share
+from spo_jax.solvers.optimizers import (
+    make_optimizer,
+    make_schedule,
+    optimizer_options,
+    typical_steps,
+)
 from spo_jax.solvers.penalty import PENALTIES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
 from spo_jax.solvers.primal_dual import make_primal_dual
@@ -25,6 +31,7 @@ __all__ = [
     "Levels",
     "Solver",
     "SolverState",
+    "all_finite",
     "make_alternating",
     "make_dynamic_barrier",
     "make_inner_only",
@@ -37,7 +44,10 @@ __all__ = [
     "make_solver",
     "make_unrolled",
     "make_unrolled_first_order",
+    "movable_share",
+    "moved_share",
     "optimizer_options",
+    "typical_steps",
 ]
 
 SOLVERS: dict[str, Callable[..., Solver]] = {

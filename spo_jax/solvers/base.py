@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from spo_jax.solvers.movement import moved_share
+
 Params: TypeAlias = Any
 Batch: TypeAlias = Any
 Aux: TypeAlias = Any
@@ -142,11 +144,26 @@ def _pull(pullback, values, weights) -> Params:
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, optimizer_state: Any, params: Params
 ) -> tuple[Params, Any, dict[str, Scalar]]:
-    """One optax step; returns the parameters, the state and ``grad_norm`` / ``update_norm``."""
-    metrics = {"grad_norm": optax.tree.norm(grads)}
+    """One optax step; returns the parameters, the state and metrics.
+
+    ``grad_norm``, ``update_norm`` and ``moved_share``: of the weights with a gradient, the share
+    that the step changed. The norm says what was asked for, the share what was stored of it.
+    """
     updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-    metrics["update_norm"] = optax.tree.norm(updates)
-    return optax.apply_updates(params, updates), optimizer_state, metrics
+    moved = optax.apply_updates(params, updates)
+    metrics = {
+        "grad_norm": norm(grads),
+        "update_norm": norm(updates),
+        "moved_share": moved_share(moved, params, grads),
+    }
+    return moved, optimizer_state, metrics
+
+
+def norm(tree: Params) -> Scalar:
+    """The global norm, in float32 or wider: the squares of 16 bits would vanish or overflow."""
+    return optax.tree.norm(
+        jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    )
 
 
 def inner_product(left: Params, right: Params) -> Scalar:
@@ -170,9 +187,9 @@ def take_inner_steps(
 ) -> tuple[Params, Any, Aux, dict[str, Scalar]]:
     """``inner_steps`` (at least 1) updates of the ``inner`` chain on ``grad g``, all on ``batch``.
 
-    Returns the parameters, the chain's state, and ``aux`` and norm of the gradient of the
-    first step, which is taken at ``params``. Differentiable; each step is recomputed in the
-    backward pass, so that one step's activations are in memory at a time.
+    Returns the parameters, the chain's state, and of the first step, which is taken at
+    ``params``, ``aux``, the gradient's norm and the share of weights moved. Differentiable; each
+    step is recomputed in the backward pass, so that one step's activations are in memory at a time.
     """
 
     @jax.checkpoint
@@ -180,11 +197,16 @@ def take_inner_steps(
         params, inner_state = carry
         (_, aux), grads = levels.gradient(params, batch, (0.0, 1.0))
         updates, inner_state = inner.update(grads, inner_state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, inner_state), (aux, optax.tree.norm(grads))
+        moved = optax.apply_updates(params, updates)
+        looked = jax.lax.stop_gradient((norm(grads), moved_share(moved, params, grads)))
+        return (moved, inner_state), (aux, looked)
 
-    carry, (aux, norm) = step((params, inner_state), None)
+    carry, (aux, (grad_norm, share)) = step((params, inner_state), None)
     if inner_steps > 1:
         carry, _ = jax.lax.scan(step, carry, length=inner_steps - 1)
-    metrics = {"inner_grad_norm": norm, "inner_steps": jnp.asarray(inner_steps, jnp.int32)}
+    metrics = {
+        "inner_grad_norm": grad_norm,
+        "inner_moved_share": share,
+        "inner_steps": jnp.asarray(inner_steps, jnp.int32),
+    }
     return *carry, aux, metrics

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 NOT_DECAYED = re.compile(r"norm|scale|bias")
@@ -127,7 +128,10 @@ def make_optimizer(
     max_grad_norm: float | None = 1.0,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optax chain (clip by global norm, then the optimizer) and its schedule over ``steps``."""
+    """The optax chain (clip by global norm, then the optimizer) and its schedule over ``steps``.
+
+    Its state and arithmetic are float32, whatever the parameters are (``in_float32``).
+    """
     rate = make_schedule(
         learning_rate=learning_rate,
         schedule=schedule,
@@ -138,4 +142,51 @@ def make_optimizer(
     optimizer = _OPTIMIZERS[name][0](rate, weight_decay, dict(options or {}))
     if max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
-    return optimizer, rate
+    return in_float32(optimizer), rate
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``optimizer`` on parameters and gradients as float32 (or wider); so are its state and steps.
+
+    In the parameters' own 16 bits a second moment is none: ``b2 = 0.999`` is 1 in bfloat16, and
+    in float16 the square of a gradient below 2e-4 and ``eps = 1e-8`` are 0.
+    """
+
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(grads, state, params=None):
+        return optimizer.update(wide(grads), state, None if params is None else wide(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(wide(params)), update)
+
+
+def typical_steps(
+    params: Any, *, name: str, learning_rate: float, options: Mapping[str, Any] | None = None
+) -> Any | None:
+    """About how far a weight moves in one update at ``learning_rate``: a number for each leaf.
+
+    ``learning_rate`` itself for AdamW and Lion, whose directions have entries of about 1; of a
+    matrix under Muon, ``sqrt(max(1, out / in) / max(in, out))`` times that; times the root mean
+    square of the parameter (at least 1e-3) for Adafactor, unless it is told otherwise. ``None``
+    for SGD: its steps are as long as the gradient.
+    """
+    if name == "sgd":
+        return None
+    scaled = name == "adafactor" and (options or {}).get("multiply_by_parameter_scale", True)
+
+    def step(leaf, matrix):
+        if scaled:
+            square = jnp.mean(jnp.square(leaf.astype(jnp.float32)))
+            return learning_rate * jnp.maximum(jnp.sqrt(square), 1e-3)
+        if matrix is None:
+            return jnp.asarray(learning_rate, jnp.float32)
+        fan_in, fan_out = (leaf.shape[a] for a in (matrix.reduction_axis, matrix.output_axis))
+        scale = max(1, fan_out / fan_in) / max(fan_in, fan_out)
+        return jnp.asarray(learning_rate * scale**0.5, jnp.float32)
+
+    leaves, structure = jax.tree.flatten(params)
+    matrices = [None] * len(leaves)
+    if name == "muon":
+        matrices = structure.flatten_up_to(_muon_dimensions(params))
+    return structure.unflatten(map(step, leaves, matrices))

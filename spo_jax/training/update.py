@@ -11,7 +11,7 @@ import optax
 
 from spo_jax.objective.levels import Objective
 from spo_jax.parallel.mesh import tree_shardings
-from spo_jax.solvers import Solver
+from spo_jax.solvers import Solver, all_finite
 from spo_jax.types import BilevelBatch, Params, TrainState
 
 
@@ -22,9 +22,9 @@ def make_train_step(
 
     Adds ``lr``, ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats per
     token), ``tokens`` (real ones of the global batch, both levels) and ``skipped`` to the metrics
-    of objective and solver. Where a loss or a gradient is not finite the update is not applied:
-    parameters, optimizers, multipliers and statistics stay, bit for bit, ``skipped`` is 1, and
-    only the step's number and its key go on.
+    of objective and solver. Where a loss, a gradient or anything of the solver's new state is not
+    finite the update is not applied: parameters, optimizers, multipliers and statistics stay, bit
+    for bit, ``skipped`` is 1, and only the step's number and its key go on.
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
@@ -33,12 +33,16 @@ def make_train_step(
         metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
         if "gap" in metrics:
             metrics["inside_safe_region"] = metrics["gap"] <= tolerance
-        fine = _is_finite(metrics)
+        # A gradient can be finite and what an optimizer makes of it not: a square overflows.
+        fine = _is_finite(metrics) & all_finite(solver_state)
         solver_state, objective_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
             (solver_state, objective_state),
             (state.solver, state.objective),
         )
+        for name in ("moved_share", "inner_moved_share"):
+            if name in metrics:
+                metrics[name] = jnp.where(fine, metrics[name], 0.0)
         metrics |= {"skipped": ~fine, "tokens": _real_tokens(batch)}
         key = jax.random.fold_in(state.key, state.step)
         return TrainState(state.step + 1, solver_state, objective_state, key), metrics

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from spo_jax.solvers import SOLVERS
@@ -52,8 +53,6 @@ def test_a_broken_row_changes_nothing_but_the_count(name, micro_batches):
 
 def test_infinite_parameters_after_an_inner_step_are_not_kept():
     """The inner step of an alternating update overflows; its outer gradient tells."""
-    import optax
-
     from spo_jax.losses import make_preference_loss
     from spo_jax.objective.levels import make_objective
     from spo_jax.solvers import make_alternating
@@ -77,3 +76,48 @@ def test_tokens_are_those_of_both_levels():
     masks = [m for part in batch for m in (part.prompt_mask, part.completion_mask)]
     assert int(metrics["tokens"]) == sum(int(m.sum()) for m in masks)
     assert isinstance(batch, BilevelBatch)
+
+
+def wide_step(chain):
+    """An update of the plain loss by ``chain``; loss and gradient of it are finite."""
+    from spo_jax.losses import make_preference_loss
+    from spo_jax.objective.levels import make_objective
+    from spo_jax.solvers import make_preference_only
+    from spo_jax.training.update import init_state, make_train_step
+    from tests.tiny import tiny_logprobs
+    from tests.training.test_solvers_on_models import MODEL
+
+    objective = make_objective(tiny_logprobs(MODEL), make_preference_loss("dpo", beta=0.5))
+    solver = make_preference_only(outer=chain)
+    step = jax.jit(make_train_step(objective, solver, schedule=optax.constant_schedule(1.0)))
+    return step, init_state(solver, objective, PARAMS, KEY)
+
+
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_an_update_that_overflows_behind_a_finite_gradient_is_not_kept(what):
+    """It is looked at itself: weights that overflow, or a moment only, which would stay so."""
+
+    def spoil(grads, state, params=None):
+        if what == "weights":
+            return jax.tree.map(lambda g: g * 1e38 * 1e38, grads), state
+        return grads, state + jnp.inf
+
+    chain = optax.GradientTransformation(lambda params: jnp.zeros(()), spoil)
+    step, state = wide_step(chain)
+    after, metrics = step(state, batch_of("chosen"))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped"]
+    assert metrics["moved_share"] == 0
+    same(after.solver, state.solver)
+
+
+def test_the_share_moved_is_among_the_metrics():
+    step, state = wide_step(optax.sgd(1e-2))
+    after, metrics = step(state, batch_of("chosen"))
+    assert not metrics["skipped"]
+    assert 0.9 < float(metrics["moved_share"]) <= 1
+    still, metrics = wide_step(optax.sgd(1e-12))[0](state, batch_of("chosen"))
+    assert metrics["update_norm"] > 0
+    assert metrics["moved_share"] == 0
+    same(still.solver.params, state.solver.params)
