@@ -158,8 +158,8 @@ def check_config_keys(
     if unknown:
         listed = "; ".join(_name_unknown(key, hf[key], own) for key in unknown)
         raise ValueError(
-            f"{where}: what is not known for model_type={hf['model_type']!r}: {listed}. "
-            f"Remove from {where} what does not change what the model computes"
+            f"{where}: not known for model_type={hf['model_type']!r}: {listed}. A key that does "
+            f"not change what the model computes can be removed from {where}"
         )
     missing = [key for key in REQUIRED if hf.get(key) is None]
     if missing:
