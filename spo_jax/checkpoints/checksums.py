@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Bool, UInt32
+
+from spo_jax.solvers import all_finite
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -45,9 +47,15 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, "N 2"]:
     return jnp.stack([checksum(x) for x in leaves])
 
 
+@jax.jit
+def _broken(leaves: list[Array]) -> Bool[Array, "N"]:
+    return jnp.stack([~all_finite(x) for x in leaves])
+
+
 @functools.cache
-def _whole_checksums(mesh: Mesh) -> Any:
-    return jax.jit(_checksums.__wrapped__, out_shardings=NamedSharding(mesh, P()))
+def _whole(compute: Any, mesh: Mesh) -> Any:
+    """``compute`` with its result whole in each of several processes."""
+    return jax.jit(compute.__wrapped__, out_shardings=NamedSharding(mesh, P()))
 
 
 def path_name(path: Any) -> str:
@@ -64,17 +72,25 @@ def checksums(tree: Any) -> dict[str, tuple[int, int]]:
     return {name: (int(a), int(b)) for name, (a, b) in zip(names, _sums(tree), strict=True)}
 
 
+def not_finite(tree: Any) -> list[str]:
+    """Names of the leaves that hold NaN or infinity; collective over processes."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    found = _computed(_broken, tree) if names else []
+    return [name for name, broken in zip(names, found, strict=True) if broken]
+
+
 def _sums(tree: Any) -> np.ndarray:
     """``[N, 2]`` checksums of the leaves, in their order."""
+    return _computed(_checksums, tree) if jax.tree.leaves(tree) else np.zeros((0, 2), np.uint32)
+
+
+def _computed(compute: Any, tree: Any) -> np.ndarray:
     leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return np.zeros((0, 2), np.uint32)
     meshes = [
         x.sharding.mesh for x in leaves if isinstance(x, jax.Array) and not x.is_fully_addressable
     ]
-    # Over several processes the result has to be whole in each.
-    compute = _whole_checksums(meshes[0]) if meshes else _checksums
-    return np.asarray(jax.device_get(compute(leaves)))
+    whole = _whole(compute, meshes[0]) if meshes else compute
+    return np.asarray(jax.device_get(whole(leaves)))
 
 
 def params_fingerprint(params: Any) -> str:

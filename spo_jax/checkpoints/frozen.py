@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from spo_jax.checkpoints.atomic import replace_text
-from spo_jax.checkpoints.checksums import checksums
+from spo_jax.checkpoints.checksums import checksums, path_name
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
-from spo_jax.checkpoints.reading import abstract
+from spo_jax.checkpoints.reading import abstract, cast_like, retyped
 from spo_jax.checkpoints.writing import tree_bytes
 from spo_jax.parallel.processes import by_first, gathered
 from spo_jax.types import Params
@@ -46,13 +48,16 @@ def save_reference(folder: Path, params: Params) -> None:
 def load_reference(folder: Path, like: Params) -> Params:
     """Read the frozen reference parameters back, placed and typed as ``like``.
 
+    They are read and checked as they were written, and only then typed.
+
     Raises:
         DamagedCheckpoint: they cannot be read, or are not those that were written.
     """
     target, found, error = Path(folder).absolute() / REFERENCE, None, None
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.restore(target, abstract(like))
+            stored = retyped(like, _dtypes(checkpointer.metadata(target)))
+            found = checkpointer.restore(target, abstract(stored))
     except Exception as raised:  # the kinds are many, and the answer is one
         error = raised
     if gathered([error is not None]).any():
@@ -66,7 +71,15 @@ def load_reference(folder: Path, like: Params) -> Params:
     ]
     if changed:
         raise DamagedCheckpoint(_damaged(target, f"{changed[0]} is not what was written"))
-    return found
+    return cast_like(found, like)
+
+
+def _dtypes(metadata: Any) -> dict[str, Any]:
+    """Dtypes on the disk, by the names of their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        metadata.item_metadata.tree, is_leaf=lambda x: hasattr(x, "dtype")
+    )
+    return {path_name(path): leaf.dtype for path, leaf in leaves}
 
 
 def _written(file: Path) -> dict[str, list[int]] | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from spo_jax.checkpoints.checksums import checksums, path_name
+from spo_jax.checkpoints.checksums import checksums, not_finite, path_name
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
 from spo_jax.parallel.processes import by_first, gathered, is_first
 from spo_jax.types import Params
@@ -31,6 +31,28 @@ def abstract(tree: Any) -> Any:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         tree,
     )
+
+
+def retyped(like: Any, dtypes: Mapping[str, Any]) -> Any:
+    """``like`` as shapes with the dtypes that were written, by path: only those can be checked."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(
+            x.shape, dtypes.get(path_name(path), x.dtype), sharding=getattr(x, "sharding", None)
+        ),
+        like,
+    )
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """``tree`` in the dtypes of ``like``."""
+    return jax.tree.map(
+        lambda x, wanted: x if x.dtype == wanted.dtype else x.astype(wanted.dtype), tree, like
+    )
+
+
+def broken_weights(state: Any) -> list[str]:
+    """Names of what is not finite in a train state's solver: weights, moments, iterates."""
+    return [name for name in not_finite(state) if name.startswith("solver/")]
 
 
 def described_leaves(tree: Any) -> dict[str, list[Any]]:
@@ -92,19 +114,23 @@ class CheckpointReader:
     def restore_params(self, like: Params, step: int | None = None) -> Params:
         """Only the policy's parameters of a step, without its optimizer states.
 
+        They are read and checked as they were written, and then typed as ``like``.
+
         Raises:
             CheckpointError: as ``restore``.
         """
-        part = {"solver": {"params": abstract(like)}}
-        arguments = ocp.args.PyTreeRestore(
-            part,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(part),
-            partial_restore=True,
-        )
+        wanted = {"solver": {"params": abstract(like)}}
 
         def read(number: int):
             leaves = self._json(number, "run").get(LEAVES)
-            return self._read(number, part, arguments, leaves, partial=True)["solver"]["params"]
+            part = retyped(wanted, {name: leaf[0] for name, leaf in (leaves or {}).items()})
+            arguments = ocp.args.PyTreeRestore(
+                part,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(part),
+                partial_restore=True,
+            )
+            found = self._read(number, part, arguments, leaves, partial=True)
+            return cast_like(found, wanted)["solver"]["params"]
 
         return self._newest_whole(step, read)
 
@@ -185,19 +211,21 @@ class CheckpointReader:
             raise DamagedCheckpoint(
                 f"checkpoint {step} in {self.folder} is damaged: {said}"
             ) from error
+        broken = broken_weights(found)
+        if broken:
+            raise DamagedCheckpoint(
+                f"checkpoint {step} in {self.folder} is damaged: {shorten(broken)} "
+                f"{'holds' if len(broken) == 1 else 'hold'} NaN or infinity"
+            )
         if leaves is None:
             return found
-        asked = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(like)}
         changed = [
-            name
-            for name, sums in checksums(found).items()
-            # An array that is read as another dtype has other bits.
-            if str(asked[name].dtype) == leaves[name][0] and list(sums) != leaves[name][2:]
+            name for name, sums in checksums(found).items() if list(sums) != leaves[name][2:]
         ]
         if changed:
             raise DamagedCheckpoint(
                 f"checkpoint {step} in {self.folder} is damaged: the numbers of "
-                f"{_shorten(changed)} are not those that were written"
+                f"{shorten(changed)} are not those that were written"
             )
         return found
 
@@ -214,7 +242,7 @@ class CheckpointReader:
             if name in leaves and not _fits(asked[name], leaves[name], partial)
         ]
         said = [
-            f"{what}: {_shorten(names)}"
+            f"{what}: {shorten(names)}"
             for what, names in (
                 ("it has no", missing),
                 ("nothing here takes", unused),
@@ -241,6 +269,7 @@ def _kind(leaf: list[Any]) -> str:
     return f"{leaf[0]}{leaf[1]}"
 
 
-def _shorten(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """The first names of many, and how many more there are."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -10,7 +10,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
-from spo_jax.checkpoints.reading import DAMAGED, LEAVES, CheckpointReader, described_leaves
+from spo_jax.checkpoints.reading import (
+    DAMAGED,
+    LEAVES,
+    CheckpointReader,
+    broken_weights,
+    described_leaves,
+    shorten,
+)
 from spo_jax.parallel.processes import by_first
 
 
@@ -44,12 +51,20 @@ class Checkpoints(CheckpointReader):
         """Start writing ``step`` in the background; ``wait`` tells that it is on the disk.
 
         Raises:
-            CheckpointError: not enough space, now or for the step before.
+            CheckpointError: not enough space, now or for the step before; or a weight or a moment
+                is not a number, which no checkpoint may hold.
         """
         self.wait()
         if step in self.steps():
             return
         self._check_space(step, tree_bytes(state))
+        broken = broken_weights(state)
+        if broken:
+            raise CheckpointError(
+                f"checkpoint {step} is not written to {self.folder}: {shorten(broken)} "
+                f"{'holds' if len(broken) == 1 else 'hold'} NaN or infinity. Go on from the step "
+                "before with --resume, with a smaller learning rate or in float32"
+            )
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data),

@@ -114,7 +114,7 @@ def test_an_update_that_overflows_behind_a_finite_gradient_is_not_kept(what):
 
 def test_the_share_moved_is_among_the_metrics():
     step, state = wide_step(optax.sgd(1e-2))
-    after, metrics = step(state, batch_of("chosen"))
+    _, metrics = step(state, batch_of("chosen"))
     assert not metrics["skipped"]
     assert 0.9 < float(metrics["moved_share"]) <= 1
     still, metrics = wide_step(optax.sgd(1e-12))[0](state, batch_of("chosen"))
