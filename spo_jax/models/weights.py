@@ -56,6 +56,8 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
 
+    # Of the dtypes to compute in, only this one reaches less far than float32.
+    narrow = model.execution.compute_dtype == "float16"
     sources: dict[str, list[tuple[str, np.ndarray]]] = {}
     for theirs, piece in expected.items():
         array = stored[theirs].array()
@@ -70,7 +72,10 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
             theirs, array = source[0], source[1][index]
             with np.errstate(over="ignore", invalid="ignore"):
                 found = np.array(array, leaf.dtype)
-            check_values(theirs, array, found, str(folder), f"param_dtype={leaf.dtype}")
+                check_values(theirs, array, found, str(folder), f"param_dtype={leaf.dtype}")
+                if narrow and leaf.dtype != np.float16:
+                    half = np.asarray(found, np.float16)
+                    check_values(theirs, array, half, str(folder), "compute_dtype=float16")
             return found
 
         def read(index: tuple[slice, ...]) -> np.ndarray:

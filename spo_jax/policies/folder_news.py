@@ -28,16 +28,18 @@ def check_json_files(folder: Path, *, large: bool = False) -> None:
 
 
 def check_stop_ids(folder: Path, vocab_size: int) -> None:
-    """Raise ``ValueError`` for an EOS of generation_config.json that the model cannot produce."""
-    file = folder / "generation_config.json"
-    named = read_object(file).get("eos_token_id") if file.is_file() else None
-    ids = named if isinstance(named, list) else [named]
-    outside = [i for i in ids if type(i) is int and i >= vocab_size]
-    if outside:
-        raise ValueError(
-            f"{file}: eos_token_id={named!r} is outside of the model's vocabulary of "
-            f"{vocab_size}: nothing would end there; take the file of this model, or remove the id"
-        )
+    """Raise ``ValueError`` for an EOS of the model, as ``stop_ids`` finds it, without a logit."""
+    for file in (folder / name for name in ("generation_config.json", "config.json")):
+        named = read_object(file).get("eos_token_id") if file.is_file() else None
+        if named is None:
+            continue
+        ids = named if isinstance(named, list) else [named]
+        if any(type(i) is int and i >= vocab_size for i in ids):
+            raise ValueError(
+                f"{file}: eos_token_id={named!r} is outside of the model's vocabulary of "
+                f"{vocab_size}: nothing would end there; take the model's own file"
+            )
+        return
 
 
 def folder_news(folder: Path, tokenizer: Any) -> list[str]:
@@ -45,8 +47,14 @@ def folder_news(folder: Path, tokenizer: Any) -> list[str]:
     lines = []
     file = folder / "generation_config.json"
     generation = read_object(file) if file.is_file() else {}
-    for name, hf in (("config.json", load_hf_config(folder)), (file.name, generation)):
+    config = load_hf_config(folder)
+    for name, hf in (("config.json", config), (file.name, generation)):
         found = unused_settings(hf)
+        found |= {
+            key: hf[key]
+            for key in ("bos_token_id", "pad_token_id")
+            if type(hf.get(key)) is int and hf[key] >= config["vocab_size"]
+        }
         if found:
             listed = ", ".join(f"{key}={shown_value(value)}" for key, value in found.items())
             lines.append(f"{name}: not used here: {listed}")

@@ -212,6 +212,9 @@ def test_values_beyond_the_dtype_are_named(tmp_path):
         save_pretrained(tmp_path / "out", params, whole, source=folder, dtype="float16")
     assert not (tmp_path / "out").exists()
     load_params(folder, load_model(folder, Execution(param_dtype="bfloat16")))
+    half = load_model(folder, Execution(param_dtype="bfloat16", compute_dtype="float16"))
+    with pytest.raises(ValueError, match=r"holds -70\d+, .* compute_dtype=float16 does not do"):
+        load_params(folder, half)
 
 
 def in_shards(folder):

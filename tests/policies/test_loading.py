@@ -119,7 +119,7 @@ def test_a_folder_without_anything_unused_says_nothing(folder, mesh, capsys):
 
 
 def test_what_is_not_used_is_said_by_name(folder, mesh, capsys):
-    change(folder / "generation_config.json", temperature=0.6, top_p=0.9, eos_token_id=1)
+    change(folder / "generation_config.json", temperature=0.6, pad_token_id=99, eos_token_id=1)
     change(folder / "config.json", attention_dropout=0.1)
     change(folder / "tokenizer_config.json", chat_template="{{ 'old' }}")
     change(folder / "chat_template.json", chat_template="{{ 'older' }}")
@@ -130,7 +130,7 @@ def test_what_is_not_used_is_said_by_name(folder, mesh, capsys):
     said = capsys.readouterr().err.splitlines()
     assert said[:4] == [
         "config.json: not used here: attention_dropout=0.1",
-        "generation_config.json: not used here: temperature=0.6, top_p=0.9",
+        "generation_config.json: not used here: temperature=0.6, pad_token_id=99",
         "tokenizer_config.json: its chat template is not used, another one is preferred",
         "chat_template.json: its chat template is not used, another one is preferred",
     ]
@@ -154,6 +154,7 @@ def test_tokens_without_an_embedding_are_said(folder, mesh, capsys):
         ("config.json", b"{", r"model/config\.json cannot be read as JSON"),
         ("generation_config.json", b"nope", r"model/generation_config\.json cannot be read"),
         ("generation_config.json", b'{"eos_token_id": [1, 99]}', r"\[1, 99\] is outside of"),
+        ("generation_config.json", b'{"eos_token_id": 17}', r"vocabulary of 17: nothing would"),
         ("tokenizer_config.json", b"[]", r"model/tokenizer_config\.json holds a list"),
         ("tokenizer_config.json", b"\xff", r"model/tokenizer_config\.json cannot be read"),
         ("tokenizer.json", b"{", r"tokenizer\.json cannot be read as JSON"),
