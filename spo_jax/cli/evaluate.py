@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from spo_jax.cli.row_options import add_row_options
 
 
 def add_commands(commands: Any) -> None:
@@ -51,6 +52,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--max-rows", type=int, help="only the first rows")
     evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
     evaluate.add_argument("--chat-template", help="Jinja template or its file")
+    add_row_options(evaluate)
     evaluate.add_argument("--compute-dtype", default="float32", help="[float32]")
     evaluate.add_argument("--output", help="also write the result as JSON here")
     evaluate.set_defaults(command_function=_evaluate)
@@ -64,6 +66,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from spo_jax.checkpoints.atomic import to_json
     from spo_jax.evaluation.scoring import evaluate_model
 
     result = evaluate_model(
@@ -75,7 +78,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             if k not in ("command", "command_function", "overrides", "model", "data", "output")
         },
     )
-    text = json.dumps(result, indent=2)
+    text = to_json(result, f"evaluate {options.model}", indent=2)
     if options.output:
         Path(options.output).write_text(text + "\n")
     print(text)

@@ -6,9 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.row_options import ROW_OPTIONS, add_row_options
+
 _SETTINGS = (
     "generator", "split", "max_rows", "chat_template", "max_new_tokens", "max_prompt_length",
     "temperature", "top_k", "top_p", "seed", "batch_size", "compute_dtype",
+    *ROW_OPTIONS,
 )  # fmt: skip
 _JUDGE = (
     "A judge is any command. It is started once, reads lines of JSON from stdin, each an object "
@@ -37,6 +40,7 @@ def add_commands(commands: Any) -> None:
     generate.add_argument(
         "--chat-template", metavar="FILE", help="Jinja (default: the tokenizer's)"
     )
+    add_row_options(generate)
     generate.add_argument("--max-new-tokens", type=int, default=512, help="[512]")
     generate.add_argument(
         "--max-prompt-length", type=int, help="tokens (default: what the context leaves)"

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.row_options import ROW_OPTIONS, add_row_options
+
 _DESCRIPTION = """\
 Sample answers to the prompts of ROWS, grade them, and write preference pairs: chosen is the
 row's own answer (or a right sample), rejected a wrong sample.
@@ -21,6 +23,7 @@ _SETTINGS = (
 _READING = (
     *("split", "subset", "max_rows", "chat_template", "compute_dtype", "on_bad_row"),
     "batch_size",
+    *ROW_OPTIONS,
 )
 
 
@@ -66,6 +69,7 @@ def add_commands(commands: Any) -> None:
     add("--chat-template", help="Jinja template or its file")
     add("--compute-dtype", default="float32", help="[float32]")
     add("--on-bad-row", choices=("error", "skip"), default="error")
+    add_row_options(command)
     command.set_defaults(command_function=_make_pairs)
 
 

@@ -62,6 +62,11 @@ class DataConfig:
     prompt_buckets: tuple[int, ...] | None = _key(None, "padded prompt lengths (default: by data)")
     completion_buckets: tuple[int, ...] | None = _key(None, "padded completion lengths")
     on_bad_row: Literal["error", "skip"] = _key("error", "what a row that cannot be used does")
+    columns: dict[str, str] = _key({}, "our name of a column to the file's, {prompt: instruction}")
+    ignore_columns: tuple[str, ...] = _key((), "columns and keys of messages that are left out")
+    split_special_tokens: bool = _key(
+        False, "control tokens in plain text are text (those in messages always are)"
+    )
     chat_template: str | None = _key(None, "Jinja template, or its file, over the tokenizer's own")
 
 
@@ -121,7 +126,7 @@ class LoopConfig:
     keep_checkpoints: int = _key(2, "newest checkpoints kept")
     keep_every: int | None = _key(None, "updates between checkpoints that are kept for good")
     max_skipped: int = _key(
-        10, "updates in a row not applied, for a loss or gradient not finite, that stop the run"
+        10, "updates in a row not applied, for something not finite in them, that stop the run"
     )
 
 
@@ -178,6 +183,8 @@ class AnswersConfig:
     max_prompt_length: int = _key(1024, "tokens; longer prompts are cut from the left")
     max_new_tokens: int | None = _key(None, "of an answer (default: by the task)")
     batch_size: int = _key(512, "answers generated at once")
+    columns: dict[str, str] = _key({}, "our name of a column to the file's")
+    ignore_columns: tuple[str, ...] = _key((), "columns and keys of messages that are left out")
     chat_template: str | None = _key(None, "Jinja template, or its file, over the tokenizer's own")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optax
 
 from spo_jax.config.choices import loss_function
@@ -78,7 +79,8 @@ def validate_answers(config: Config) -> None:
     """The section ``answers``, and its rhythm against that of evaluations."""
     answers = config.answers
     if answers.data in (None, BUILTIN_TASK):
-        ignored = ("task", "subset", "max_prompt_length", "chat_template")
+        ignored = ("task", "subset", "max_prompt_length", "chat_template", "columns")
+        ignored = (*ignored, "ignore_columns")
         for key in ignored:
             if getattr(answers, key) != getattr(AnswersConfig(), key):
                 raise ConfigError(
@@ -214,6 +216,18 @@ def validate_optimizer(key: str, optimizer: OptimizerConfig) -> None:
             )
     if not optimizer.learning_rate > 0:
         raise ConfigError(f"{key}.learning_rate={optimizer.learning_rate}: must be above 0")
+    if np.float32(optimizer.learning_rate) < np.finfo(np.float32).tiny:
+        raise ConfigError(
+            f"{key}.learning_rate={optimizer.learning_rate}: in float32 it is 0, and nothing would "
+            "be learnt. Set a larger one"
+        )
+    if optimizer.learning_rate * optimizer.weight_decay >= 1:
+        raise ConfigError(
+            f"{key}.weight_decay={optimizer.weight_decay} with learning_rate="
+            f"{optimizer.learning_rate}: each update would take away "
+            f"{optimizer.learning_rate * optimizer.weight_decay:g} times the weight itself. Their "
+            "product has to be below 1 (usual: 0.1 with 1e-6)"
+        )
     if not 0 <= optimizer.warmup_ratio <= 1:
         raise ConfigError(f"{key}.warmup_ratio={optimizer.warmup_ratio}: expected 0 to 1")
     if optimizer.schedule == "constant" and optimizer.final_ratio:

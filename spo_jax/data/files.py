@@ -9,11 +9,12 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spo_jax.data.badrow import shown
 from spo_jax.parallel.processes import say
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
@@ -107,21 +108,62 @@ def _folder_sources(folder: Path, split: str) -> tuple[Any, ...]:
     )
     if not files:
         raise FileNotFoundError(f"{folder} holds no data file ({', '.join(DATA_SUFFIXES)})")
-    chosen = [p for p in files if _names_split(p.relative_to(folder), split)]
-    if chosen:
-        return tuple(chosen)
-    if any(_names_split(p.relative_to(folder), word) for p in files for word in _SPLIT_WORDS):
+    return tuple(_of_split(folder, files, split))
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
+    """The files of a split: those that it names whole, else the one kind that it begins.
+
+    A file's split is what stands in its name without the number of a shard (``train`` of
+    ``train-00000-of-00002.parquet``), or a folder on the way to it.
+    """
+    labels = {file: _labels(file.relative_to(folder)) for file in files}
+    whole = [file for file in files if split in labels[file]]
+    if whole:
+        others = sorted({_stem(f.name) for f in files if f not in whole and _begins(f, split)})
+        if others:
+            say(f"{folder}: split {split} is read; not read: {shown(others)}")
+        return whole
+    begun = [file for file in files if _begins(file.relative_to(folder), split)]
+    kinds = sorted({_stem(file.name) for file in begun})
+    if len(kinds) > 1:
+        raise FileNotFoundError(
+            f"{folder}: split {split!r} may be any of {shown(kinds)}: name one of them "
+            "(data.train_split, data.eval_split, --split)"
+        )
+    if begun:
+        say(f"{folder}: split {split} is read from {kinds[0]}")
+        return begun
+    if any(_begins(f.relative_to(folder), word) for f in files for word in _SPLIT_WORDS):
         names = ", ".join(str(p.relative_to(folder)) for p in files[:8])
         raise FileNotFoundError(f"{folder} has no file for split {split!r}; it has {names}")
-    return tuple(files)
+    return files
 
 
 def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _names_split(path: Path, split: str) -> bool:
-    return re.search(rf"(^|[-._/]){re.escape(split)}($|[-._/])", path.as_posix()) is not None
+_SHARD = re.compile(r"[-_.](\d+([-_]of[-_]\d+)?([-_][0-9a-f]{16})?|part[-_]?\d+)$")
+
+
+def _stem(name: str) -> str:
+    """A file's name without its ending and the number of its shard."""
+    for suffix in DATA_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return _SHARD.sub("", name)
+
+
+def _labels(path: Path) -> set[str]:
+    """The splits that a path names whole: its folders, its stem, and a stem's part behind a dot."""
+    stem = _stem(path.name)
+    return {*path.parts[:-1], stem, *stem.split(".")}
+
+
+def _begins(path: Path, split: str) -> bool:
+    """Whether a part of the path speaks of the split, among other words."""
+    words = [*path.parts[:-1], _stem(path.name)]
+    return any(re.search(rf"(^|[-._]){re.escape(split)}($|[-._])", word) for word in words)
 
 
 @contextlib.contextmanager
@@ -169,7 +211,14 @@ def _read_parquet(path: Path) -> Any:
 
 def _table_records(name: str, table: Any) -> Iterator[Record]:
     for row, fields in enumerate(table, start=1):
-        yield Record(name, row, fields)
+        yield Record(name, row, {key: _without_nulls(value) for key, value in fields.items()})
+
+
+def _without_nulls(value: Any) -> Any:
+    """What a table's column type filled in is taken out: keys that other rows have, as null."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _json_records(path: Path) -> Iterator[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 from collections import Counter
@@ -9,9 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spo_jax.data.chat import BadRow, ChatFormat, shown
+from spo_jax.data.badrow import BadRow, shown
+from spo_jax.data.chat import ChatFormat
+from spo_jax.data.columns import Columns
 from spo_jax.data.files import Record
-from spo_jax.data.layouts import LAYOUTS, Parse, TextRow, not_blank
+from spo_jax.data.layouts import LAYOUTS, Layout, TextRow, not_blank
+from spo_jax.data.reader import Reader
 from spo_jax.types import SFTRow
 
 _EXAMPLES = 5
@@ -35,9 +39,11 @@ class FormatReport:
     kept: int
     bad: Mapping[str, int] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.kept} of {self.read} rows kept (layout {self.layout})"
+        text = "; ".join([text, *self.said])
         if not self.bad:
             return text
         reasons = ", ".join(f"{n} x {reason}" for reason, n in self.bad.items())
@@ -46,10 +52,15 @@ class FormatReport:
 
 @dataclass(frozen=True)
 class TextRows(Sequence):
-    """Rows as text; ``source_rows[i]`` is row ``i``'s place (from 0) among the records read."""
+    """Rows as text; ``source_rows[i]`` is row ``i``'s place (from 0) among the records read.
+
+    ``turn_end`` is the control token that closes an assistant's turn, where a chat template
+    writes one: behind it a completion gets no further EOS.
+    """
 
     rows: tuple[TextRow, ...]
     source_rows: tuple[int, ...]
+    turn_end: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,7 +71,11 @@ class TextRows(Sequence):
     def take(self, indices: Iterable[int]) -> TextRows:
         """These rows, in this order."""
         at = [int(i) for i in indices]
-        return TextRows(tuple(self.rows[i] for i in at), tuple(self.source_rows[i] for i in at))
+        return TextRows(
+            tuple(self.rows[i] for i in at),
+            tuple(self.source_rows[i] for i in at),
+            self.turn_end,
+        )
 
 
 def format_rows(
@@ -70,24 +85,33 @@ def format_rows(
     kind: Literal["preference", "sft"],
     on_bad_row: Literal["error", "skip"] = "error",
     max_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
+    split_special_tokens: bool = False,
 ) -> tuple[TextRows, FormatReport]:
     """Turn raw records into text rows.
 
     The layout is found once from the columns of the first rows; ``LAYOUTS`` lists those known.
+    ``columns`` is ``{our name: theirs}``; ``ignore_columns`` are columns, and keys of messages,
+    that are left out. ``max_rows`` stops after so many good rows.
+
     A row is bad when a field is missing or of the wrong type, a role is unknown, a completion
-    is blank, chosen equals rejected, or the line cannot be read. ``max_rows`` stops after so
-    many good rows.
+    is blank, chosen equals rejected, a column or key is not read, the chat template does not
+    write what the row says, or the line cannot be read.
 
     Raises ``RowError`` at the first bad row (``on_bad_row="error"``) and ``ValueError`` for an
     unknown layout or a data set with no good row.
     """
     stream = iter(records)
     first = list(itertools.islice(stream, 16))
+    name = getattr(records, "name", "the data set")
     if not first:
-        name = getattr(records, "name", "the data set")
         raise ValueError(f"{name}: no readable row: it is empty")
-    layout = find_layout([r.fields for r in first if r.fields is not None], kind, first)
-    parse = LAYOUTS[kind][layout][1]
+    reader = Reader(
+        chat, Columns(columns, ignore_columns), split_special_tokens=split_special_tokens
+    )
+    layout = find_layout(renamed_fields(first, reader.columns), kind, first)
+    parse = LAYOUTS[kind][layout]
     stream = itertools.chain(first, stream)
 
     rows: list[TextRow] = []
@@ -96,22 +120,44 @@ def format_rows(
     examples: list[str] = []
     read = 0
     for read, record in enumerate(stream, start=1):
-        row = _parse_record(record, parse, chat)
+        row = _parse_record(record, parse, reader)
         if not isinstance(row, BadRow):
             rows.append(row)
             source_rows.append(read - 1)
         elif on_bad_row == "error":
-            raise _row_error(record, row, stream, parse, chat)
+            raise _row_error(record, row, stream, parse, reader)
         else:
             bad[row.reason] += 1
             if len(examples) < _EXAMPLES:
                 examples.append(f"{record.file}:{record.row}: {row}")
         if max_rows is not None and len(rows) >= max_rows:
             break
-    report = FormatReport(layout, read, len(rows), dict(bad.most_common()), tuple(examples))
+    said = tuple(reader.lines())
+    report = FormatReport(layout, read, len(rows), dict(bad.most_common()), tuple(examples), said)
     if not rows:
         raise ValueError(f"no row can be used: {report}")
-    return TextRows(tuple(rows), tuple(source_rows)), report
+    return TextRows(tuple(rows), tuple(source_rows), chat.turn.end), report
+
+
+def renamed_fields(first: Sequence[Record], columns: Columns) -> list[Mapping[str, Any]]:
+    """First rows under our names. Raises ``ValueError`` for a mapping of what is not there."""
+    fields = [record.fields for record in first if record.fields is not None]
+    there = {name for row in fields for name in row}
+    for ours, theirs in columns.mapping.items():
+        if there and theirs not in there:
+            near = difflib.get_close_matches(theirs, sorted(map(str, there)), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"{first[0].file}: data.columns maps {ours} from '{theirs}', which no row has: "
+                f"the columns are {shown(sorted(map(str, there)))}{hint}"
+            )
+    found = []
+    for row in fields:
+        try:
+            found.append(columns.rename(row))
+        except BadRow:  # said of the row when it is its turn
+            found.append({**row, **dict.fromkeys(columns.mapping)})
+    return found
 
 
 def split_by_prompt(rows: TextRows, *, fraction: float, seed: int) -> tuple[TextRows, TextRows]:
@@ -153,8 +199,8 @@ def find_layout(
 ) -> str:
     """The name of the first layout of ``LAYOUTS[kind]`` whose columns are all in the rows."""
     columns = {name for row in fields for name in row}
-    for name, (needed, _) in LAYOUTS[kind].items():
-        if columns >= set(needed):
+    for name, layout in LAYOUTS[kind].items():
+        if layout.fits(columns):
             return name
     file = first[0].file if first else "the data set"
     if not columns:
@@ -162,18 +208,21 @@ def find_layout(
         empty = "their objects have no fields" if first else "it is empty"
         why = f" ({bad.reason}: {bad.detail})" if bad else f": {empty}"
         raise ValueError(f"{file}: no readable row{why}")
-    accepted = "; ".join(" + ".join(needed) for needed, _ in LAYOUTS[kind].values())
+    accepted = "; ".join(dict.fromkeys(" + ".join(of.needed) for of in LAYOUTS[kind].values()))
     raise ValueError(
         f"{file}: columns {shown(sorted(columns))} are no known layout of {kind} rows; "
-        f"accepted: {accepted}. Rename the columns"
+        f"accepted: {accepted}. Rename the columns, or map them: "
+        "data.columns: {prompt: ..., chosen: ...}"
     )
 
 
-def _parse_record(record: Record, parse: Parse, chat: ChatFormat) -> TextRow | BadRow:
+def _parse_record(record: Record, layout: Layout, reader: Reader) -> TextRow | BadRow:
     if record.fields is None:
         return BadRow(record.reason, record.detail)
     try:
-        row = parse(record.fields, chat)
+        fields = reader.columns.rename(record.fields)
+        row = layout.parse(fields, reader)
+        reader.columns.check(fields, layout.read(fields))
         _check_texts(row)
         return row
     except BadRow as problem:
@@ -205,10 +254,10 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def _row_error(
-    record: Record, problem: BadRow, rest: Iterable[Record], parse: Parse, chat: ChatFormat
+    record: Record, problem: BadRow, rest: Iterable[Record], layout: Layout, reader: Reader
 ) -> RowError:
     ahead = list(itertools.islice(rest, _LOOK_AHEAD))
-    more = sum(isinstance(_parse_record(r, parse, chat), BadRow) for r in ahead)
+    more = sum(isinstance(_parse_record(r, layout, reader), BadRow) for r in ahead)
     mend = problem.mend or "mend the row"
     message = (
         f"{record.file}:{record.row}: {problem} ({more} of the next {len(ahead)} rows are bad "

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from spo_jax.data.formats import TextRows
 from spo_jax.data.layouts import TextRow
-from spo_jax.data.pieces import PieceEncoder, make_piece_encoder
+from spo_jax.data.pieces import PieceEncoder, make_piece_encoder, without_marks
 from spo_jax.types import PreferenceRow
 
 _CHUNK = 1024
@@ -82,15 +82,26 @@ class TokenReport:
     truncated_completions: int
     unscored_first_tokens: int
     dropped_unscored: int
+    dropped_equal: int = 0
+    not_read_back: int = 0
+    not_read_back_example: str = ""
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.rows} rows; tokens at percentiles {_PERCENTILES}: prompts "
             f"{self.prompt_lengths}, completions {self.completion_lengths}; "
             f"{self.truncated_prompts} prompts cut on the left, {self.truncated_completions} "
             f"completions cut on the right (without EOS), {self.unscored_first_tokens} first "
             f"tokens unscored, {self.dropped_unscored} rows dropped with nothing to score"
         )
+        if self.dropped_equal:
+            text += f", {self.dropped_equal} rows dropped whose completions are equal once cut"
+        if self.not_read_back:
+            text += (
+                f"; WARNING {self.not_read_back} texts do not read back as they were written: "
+                f"{self.not_read_back_example}. This tokenizer cannot write them"
+            )
+        return text
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
@@ -129,7 +140,9 @@ def tokenize_rows(
     scored with it. Prompts are cut from the left (BOS kept), completions from the right, where
     they lose their EOS. Without any prompt token the first completion token has nothing to be
     predicted from and is not scored; a row in which some completion has no scored token left
-    is dropped. ``progress`` is called with the number of rows just done.
+    is dropped, and so is a pair whose completions are equal once cut. A completion that ends
+    with the ``turn_end`` of its rows has its end. What does not read back from its ids is
+    counted. ``progress`` is called with the number of rows just done.
 
     Raises ``ValueError`` without rows, for lengths below 1, mixed kinds of rows, or a tokenizer
     without EOS.
@@ -141,7 +154,7 @@ def tokenize_rows(
         )
     if len({type(row) for row in rows}) != 1:
         raise ValueError("expected rows of one kind, and at least one")
-    encoder = make_piece_encoder(tokenizer)
+    encoder = make_piece_encoder(tokenizer, turn_end=getattr(rows, "turn_end", None))
     source_rows = rows.source_rows if isinstance(rows, TextRows) else range(len(rows))
     collected = _Collected(max_prompt_length, max_completion_length, encoder)
     for start in range(0, len(rows), _CHUNK):
@@ -186,10 +199,13 @@ class _Collected:
         self.source_rows: list[int] = []
         self.num_completions = 0
         self.cut_prompts = self.cut_completions = self.unscored_first = self.dropped = 0
+        self.dropped_equal = self.not_read_back = 0
+        self.example = ""
 
     def add(self, rows: Sequence[TextRow], source_rows: Iterable[int]) -> None:
-        """Tokenise a chunk of rows in two calls of the tokenizer."""
-        prompts = self.encoder.encode_prompts([row.prompt for row in rows])
+        """Tokenise a chunk of rows in two calls of the tokenizer, and read it back in one."""
+        asked = [row.prompt for row in rows]
+        prompts = self.encoder.encode(asked)
         branches = [[self._end(pieces) for pieces in _completions(row)] for row in rows]
         texts, starts = [], []
         for row, completions in zip(rows, branches, strict=True):
@@ -199,18 +215,31 @@ class _Collected:
                     texts.append(text)
                     starts.append(at_front)
                     at_front = at_front and not text
-        encoded = iter(self.encoder.encode_endings(texts, starts))
+        encoded = self.encoder.encode_endings(texts, starts)
+        self._read_back([*asked, *texts], [*prompts, *encoded])
+        ending = iter(encoded)
         for prompt, completions, source in zip(prompts, branches, source_rows, strict=True):
-            pairs = [[(next(encoded), scored) for _, scored in pieces] for pieces in completions]
-            self._add_row(prompt, pairs, source)
+            pairs = [[(next(ending), scored) for _, scored in pieces] for pieces in completions]
+            self._add_row(self.encoder.with_bos(prompt), pairs, source)
+
+    def _read_back(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
+        """Count the texts that their ids do not give back, white space at the ends aside."""
+        surely = self.encoder.surely_reads_back
+        open_ = [i for i, ids in enumerate(encoded) if not surely(texts[i], ids)]
+        read_back = self.encoder.decode([encoded[i] for i in open_])
+        for i, read in zip(open_, read_back, strict=True):
+            written = without_marks(texts[i])
+            if written.strip() == read.strip() or _same_but_blanks(written, read):
+                continue
+            self.not_read_back += 1
+            self.example = self.example or _difference(written.strip(), read.strip())
 
     def _end(self, pieces: _Pieces) -> _Pieces:
         """White space behind a template's EOS would put a second EOS behind it."""
         text, scored = pieces[-1]
         stripped = text.rstrip()
-        if stripped.endswith(self.encoder.eos_token):
-            return (*pieces[:-1], (stripped, scored))
-        return pieces
+        ends = (self.encoder.eos_token, self.encoder.turn_end or self.encoder.eos_token)
+        return (*pieces[:-1], (stripped, scored)) if stripped.endswith(ends) else pieces
 
     def _add_row(
         self, prompt: list[int], completions: list[list[tuple[list[int], bool]]], source: int
@@ -220,6 +249,9 @@ class _Collected:
         self.num_completions = len(completions)
         if not all(mask.any() for _, mask, _, _ in finished):
             self.dropped += 1
+            return
+        if len(finished) > 1 and all(np.array_equal(f[0], finished[0][0]) for f in finished):
+            self.dropped_equal += 1
             return
         self.cut_prompts += len(prompt) > len(kept)
         self.prompts.append(np.asarray(kept, np.int32))
@@ -242,8 +274,9 @@ class _Collected:
         # Behind a prompt, or where the tokenizer's own BOS already is the prompt, it is a second.
         while has_prompt and bos not in (None, eos) and ids[:1] == [bos]:
             ids, mask = ids[1:], mask[1:]
-        ids.append(eos)
-        mask.append(pieces[-1][1])
+        if ids[-1:] != [self.encoder.turn_end_id]:
+            ids.append(eos)
+            mask.append(pieces[-1][1])
         cut = len(ids) > self.max_completion
         found = np.asarray(ids[: self.max_completion], np.int32)
         scored = np.asarray(mask[: self.max_completion], bool)
@@ -257,8 +290,17 @@ class _Collected:
     def finish(self) -> tuple[TokenizedRows, TokenReport]:
         """The arrays and the report."""
         if not self.prompts:
+            found = ", ".join(
+                f"{n} {what}"
+                for n, what in (
+                    (self.dropped, "with nothing to score"),
+                    (self.dropped_equal, "whose completions are equal once cut"),
+                )
+                if n
+            )
             raise ValueError(
-                f"no row has a scored token left: raise max_completion_length={self.max_completion}"
+                f"no row has a scored token left that teaches anything ({found}): raise "
+                f"max_completion_length={self.max_completion}"
             )
         rows = TokenizedRows(
             prompt_ids=np.concatenate(self.prompts),
@@ -278,8 +320,26 @@ class _Collected:
             truncated_completions=self.cut_completions,
             unscored_first_tokens=self.unscored_first,
             dropped_unscored=self.dropped,
+            dropped_equal=self.dropped_equal,
+            not_read_back=self.not_read_back,
+            not_read_back_example=self.example,
         )
         return rows, report
+
+
+def _same_but_blanks(written: str, read: str) -> bool:
+    """Whether two texts differ in blanks alone: decoders add some around control tokens."""
+    same_lines = written.count("\n") == read.count("\n")
+    return same_lines and "".join(written.split()) == "".join(read.split())
+
+
+def _difference(written: str, read: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(written, read, strict=False)) if a != b),
+        min(len(written), len(read)),
+    )
+    part = slice(max(0, at - 15), at + 15)
+    return f"{written[part]!r} reads back as {read[part]!r}"
 
 
 def _offsets(arrays: Sequence[np.ndarray]) -> np.ndarray:

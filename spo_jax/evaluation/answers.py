@@ -56,6 +56,8 @@ def make_exam(config: Config, tokenizer: Any) -> Exam | None:
             train_split=section.split,
             subset=section.subset,
             max_rows=section.max_rows,
+            columns=section.columns,
+            ignore_columns=section.ignore_columns,
             chat_template=section.chat_template,
         ),
         "sft",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,8 @@ from spo_jax.checkpoints import load_reference
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import DataConfig, ModelConfig
 from spo_jax.data import eval_batches, find_layout, load_records
+from spo_jax.data.columns import Columns
+from spo_jax.data.formats import renamed_fields
 from spo_jax.evaluation.answers import Exam, answer, check_exam, reference_answer
 from spo_jax.evaluation.heldout import (
     preference_summary,
@@ -29,10 +31,10 @@ from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
 
 
-def detect_kind(data: str, split: str) -> str:
+def detect_kind(data: str, split: str, columns: Mapping[str, str] | None = None) -> str:
     """``preference`` or ``sft``, by the columns of the first rows."""
     first = list(itertools.islice(load_records(data, split=split), 20))
-    fields = [record.fields for record in first if record.fields is not None]
+    fields = renamed_fields(first, Columns(columns))
     try:
         find_layout(fields, "preference", first)
     except ValueError:
@@ -86,6 +88,8 @@ def evaluate_model(
     max_completion_length: int = 1024,
     max_rows: int | None = None,
     on_bad_row: str = "error",
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
     chat_template: str | None = None,
     compute_dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -108,9 +112,11 @@ def evaluate_model(
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
         on_bad_row=on_bad_row,
+        columns=dict(columns or {}),
+        ignore_columns=tuple(ignore_columns),
         chat_template=chat_template,
     )
-    kind = kind or detect_kind(data, split)
+    kind = kind or detect_kind(data, split, columns)
     with TemporaryDirectory() as work:
 
         def load(path, name):

@@ -49,6 +49,9 @@ def read_rows(data: DataConfig, kind: str, tokenizer: Any, *, name: str) -> Text
         kind=kind,
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
+        columns=data.columns,
+        ignore_columns=data.ignore_columns,
+        split_special_tokens=data.split_special_tokens,
     )
     say(f"{name}: {report}")
     return rows

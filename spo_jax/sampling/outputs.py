@@ -9,18 +9,23 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.checkpoints.checksums import params_fingerprint
 from spo_jax.config.schema import ModelConfig
 from spo_jax.data import Record, RowError, load_records, make_chat_format
-from spo_jax.data.chat import BadRow, ChatFormat, read_messages, read_text, render_plain
-from spo_jax.data.layouts import LAYOUTS
+from spo_jax.data.badrow import BadRow
+from spo_jax.data.chat import ChatFormat, render_plain
+from spo_jax.data.columns import Columns
+from spo_jax.data.layouts import ANSWERS, LAYOUTS, Layout, asked_in_words
+from spo_jax.data.messages import from_json_text, read_text
+from spo_jax.data.pieces import without_marks
+from spo_jax.data.reader import VARIABLES, Reader
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
 from spo_jax.policies.completions import Completion, complete_batches, stop_ids
@@ -43,7 +48,7 @@ class Prompt(NamedTuple):
     dataset: str | None = None
 
 
-def read_prompt(row: Mapping[str, Any], chat: ChatFormat, *, templated: bool) -> Prompt:
+def read_prompt(row: Mapping[str, Any], reader: Reader, *, templated: bool) -> Prompt:
     """The prompt of one row.
 
     An ``instruction`` (with its ``input`` behind it), or else that of a pair or an SFT row, as it
@@ -51,40 +56,51 @@ def read_prompt(row: Mapping[str, Any], chat: ChatFormat, *, templated: bool) ->
     words becomes a user's turn where there is a template (``templated``), and stays as it is
     where there is none. Raises ``BadRow``.
     """
+    row = reader.columns.rename(row)
     name = next((name for name in _ASKED if name in row), None)
-    parse = None if name == "instruction" else _layout_of(row)
-    if parse is not None:
-        shown, text = (_prompt_of(parse, row, c) for c in (_PLAIN, chat))
-        return Prompt(_without_labels(shown), _not_empty(text), _dataset(row))
+    layout = None if name == "instruction" else _layout_of(row)
+    if layout is not None:
+        text = layout.parse(row, reader).prompt
+        reader.columns.check(row, layout.read(row) | {"dataset"})
+        return Prompt(_in_words(layout, row, text), _not_empty(text), _dataset(row))
     if name is None:
         columns = ", ".join(sorted(map(str, row))) or "none"
         raise BadRow("no prompt", f"expected {', '.join(_ASKED)}, a pair or an SFT row: {columns}")
-    value = row[name]
+    beside = {"input", "context", "history"} if name == "instruction" else set()
+    read = frozenset([name, "system", *VARIABLES, "dataset", *beside, *ANSWERS])
+    reader.columns.check(row, read)
+    value = from_json_text(row[name], name)
     if not isinstance(value, str) and name == "prompt":
-        messages = read_messages(value, name)
+        messages = reader.messages(value, name)
         shown = _without_labels(render_plain(messages, True))
-        return Prompt(shown, _not_empty(chat.render(messages, True)), _dataset(row))
-    text = read_text(value, name)
-    if name == "instruction" and row.get("input"):
-        text = f"{text}\n\n{read_text(row['input'], 'input')}"
-    _not_empty(text)
-    asked = chat.render([{"role": "user", "content": text}], True) if templated else text
+        return Prompt(shown, _not_empty(reader.prompt(row, messages)), _dataset(row))
+    if name == "prompt":
+        messages = [{"role": "user", "content": _not_empty(read_text(value, name))}]
+    else:
+        messages = asked_in_words(row, reader)
+    text = messages[-1]["content"]
+    in_chat = templated or len(messages) > 1 or any(row.get(k) for k in ("system", *VARIABLES))
+    asked = reader.prompt(row, messages) if in_chat else reader.plain(text)
     return Prompt(text, asked, _dataset(row))
+
+
+def _in_words(layout: Layout, row: Mapping[str, Any], text: str) -> str:
+    """The prompt as people read it; ``text`` is how the model does."""
+    try:
+        return _without_labels(layout.parse(row, Reader(_PLAIN)).prompt)
+    except BadRow:  # tools and their like have no place in plain text
+        return without_marks(text)
 
 
 _PLAIN = ChatFormat(render_plain, None)
 
 
-def _layout_of(row: Mapping[str, Any]) -> Callable[..., Any] | None:
+def _layout_of(row: Mapping[str, Any]) -> Layout | None:
     for kind in ("preference", "sft"):
-        for needed, parse in LAYOUTS[kind].values():
-            if set(row) >= set(needed):
-                return parse
+        for layout in LAYOUTS[kind].values():
+            if layout.fits(set(row)):
+                return layout
     return None
-
-
-def _prompt_of(parse: Callable[..., Any], row: Mapping[str, Any], chat: ChatFormat) -> str:
-    return parse(row, chat).prompt
 
 
 def _not_empty(text: str) -> str:
@@ -105,26 +121,29 @@ def _without_labels(text: str) -> str:
 
 
 def read_prompts(
-    data: str, chat: ChatFormat, *, templated: bool, split: str, max_rows: int | None = None
+    data: str, reader: Reader, *, templated: bool, split: str, max_rows: int | None = None
 ) -> list[Prompt]:
     """The prompts of all rows. Raises ``RowError`` at a bad one, ``ValueError`` without rows."""
     found: list[Prompt] = []
     for record in load_records(data, split=split):
         if max_rows is not None and len(found) >= max_rows:
             break
-        found.append(_record_prompt(record, chat, templated))
+        found.append(_record_prompt(record, reader, templated))
     if not found:
         raise ValueError(f"{data}: no row to generate for (max_rows={max_rows})")
+    for line in reader.lines():
+        say(f"{data}: {line}")
     return found
 
 
-def _record_prompt(record: Record, chat: ChatFormat, templated: bool) -> Prompt:
+def _record_prompt(record: Record, reader: Reader, templated: bool) -> Prompt:
     try:
         if record.fields is None:
             raise BadRow(record.reason, record.detail)
-        return read_prompt(record.fields, chat, templated=templated)
+        return read_prompt(record.fields, reader, templated=templated)
     except BadRow as problem:
-        message = f"{record.file}:{record.row}: {problem}: mend the row, or leave it out"
+        mend = problem.mend or "mend the row"
+        message = f"{record.file}:{record.row}: {problem}: {mend}, or leave it out"
         raise RowError(record.file, record.row, problem.reason, message) from problem
 
 
@@ -136,7 +155,7 @@ class Partial:
         if path.exists():
             self._read(settings)
         else:
-            path.write_text(json.dumps({"settings": settings}) + "\n")
+            path.write_text(to_json({"settings": settings}, str(path)) + "\n")
 
     def _read(self, settings: Mapping[str, Any]) -> None:
         content = self.path.read_bytes()
@@ -173,7 +192,7 @@ class Partial:
             for row, found in batch
         ]
         with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write("".join(to_json(line, str(self.path)) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
         self.rows |= {line["row"]: line for line in lines}
@@ -217,7 +236,7 @@ def shown_lengths(report: Mapping[str, Any]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    replace_text(path, to_json(value, str(path), indent=2, ensure_ascii=False) + "\n")
 
 
 def generate_outputs(
@@ -229,6 +248,8 @@ def generate_outputs(
     split: str = "test",
     max_rows: int | None = None,
     chat_template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
     max_new_tokens: int = 512,
     max_prompt_length: int | None = None,
     temperature: float = 0.0,
@@ -264,7 +285,8 @@ def generate_outputs(
         templated = bool(chat_template or getattr(policy.tokenizer, "chat_template", None))
         if not templated:
             say("no chat template: instructions are used as plain prompts (see --chat-template)")
-        prompts = read_prompts(data, chat, templated=templated, split=split, max_rows=max_rows)
+        reader = Reader(chat, Columns(columns, ignore_columns))
+        prompts = read_prompts(data, reader, templated=templated, split=split, max_rows=max_rows)
         sampling = {
             "max_new_tokens": max_new_tokens, "max_prompt_length": longest,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,

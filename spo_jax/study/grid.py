@@ -168,6 +168,7 @@ def pair_options(study: StudyConfig, seed: int) -> tuple[dict[str, Any], PairSet
     """``pairs`` as the arguments of ``make_pairs``: where the rows are, and what decides pairs."""
     settings = {f.name for f in fields(PairSettings)} - {"seed"}
     rows = ("data", "subset", "split", "max_rows", "chat_template", "on_bad_row", "batch_size")
+    rows = (*rows, "columns", "ignore_columns")
     for key in study.pairs:
         if key not in (*settings, *rows):
             known = [*rows, *sorted(settings)]

@@ -14,7 +14,8 @@ from spo_jax.data import (
     render_plain,
     split_by_prompt,
 )
-from spo_jax.data.chat import BadRow, ChatFormat
+from spo_jax.data.badrow import BadRow
+from spo_jax.data.chat import ChatFormat
 from spo_jax.data.layouts import split_texts
 from spo_jax.types import PreferenceRow, SFTRow
 from tests.data.tiny_data import CHATML, make_char_tokenizer

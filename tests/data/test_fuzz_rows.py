@@ -26,13 +26,20 @@ from spo_jax.data import (
     tokenize_rows,
 )
 from spo_jax.data.layouts import LAYOUTS
+from spo_jax.data.messages import MARK
+from tests.data.real_templates import make_family_tokenizer
 from tests.data.tiny_data import CHATML, make_char_tokenizer, make_marked_tokenizer
 
+OPENS_NEXT = CHATML.split("{% if add")[0] + "{{ '<|im_start|>assistant\n' }}"
 Lines: TypeAlias = list[tuple[bytes, bool]]
 FUZZ = settings(derandomize=True, deadline=None, database=None)
 TOKENIZERS = {
     "plain": make_char_tokenizer(),
     "template": make_char_tokenizer(eos="<|im_end|>", template=CHATML),
+    "opens next": make_char_tokenizer(eos="<|im_end|>", template=OPENS_NEXT),
+    "llama3_first": make_family_tokenizer("llama3_first"),
+    "qwen3": make_family_tokenizer("qwen3"),
+    "mistral_v02": make_family_tokenizer("mistral_v02"),
     "byte level": make_marked_tokenizer("byte_level"),
     "metaspace": make_marked_tokenizer("metaspace"),
 }
@@ -60,6 +67,10 @@ GOOD: dict[str, dict[str, list[dict[str, Any]]]] = {
             {"conversations": [said("human", "why?")], "chosen": said("gpt", "because"),
              "rejected": said("gpt", "no idea"), "system": "be kind"},
         ],
+        "question": [
+            {"question": "why?", "chosen": "because", "rejected": "no idea"},
+            {"instruction": "why?", "input": "say", "chosen": [A], "rejected": "no idea"},
+        ],
         "implicit": [
             {"chosen": [U, A], "rejected": [U, B]},
             {"chosen": PAIR + " because", "rejected": PAIR + " no idea"},
@@ -72,13 +83,18 @@ GOOD: dict[str, dict[str, list[dict[str, Any]]]] = {
         "chosen": [{"prompt": "why?", "chosen": " because", "rejected": " no idea"}],
         "sharegpt chosen": [{"conversations": [said("human", "why?")],
                              "chosen": said("gpt", "because"), "rejected": said("gpt", "no")}],
+        "question chosen": [{"query": "why?", "chosen": "because", "rejected": "no idea",
+                             "id": 3}],
         "implicit chosen": [{"chosen": [U, A], "rejected": [U, B]}],
         "sharegpt": [{"conversations": [said("human", "why?"), said("gpt", "because")]}],
         "question": [{"question": "why?", "answer": "because"}],
         "text": [{"text": "why? because"}],
     },
 }  # fmt: skip
+BESIDE = ("system", "tools", "chat_template_kwargs", "context", "thinking", "weight", "score",
+          "id")  # fmt: skip
 CAUSES = (
+    "not read", "not written", "system", "tools", "chat_template_kwargs", "noncharacter",
     "JSON", "UTF-8", "not an object", "role", "message", "empty", "equals", "share no prompt",
     "chat template", "assistant", "prompt", "scored", "columns", "readable",
     "surrogate", "fields",
@@ -96,7 +112,8 @@ _TEXTS = st.one_of(
     st.text(max_size=12),
     st.text(st.characters(codec=None, categories=["Cs", "Cc", "Cf", "Lu"]), max_size=6),
     st.sampled_from(["", " ", "\n\n", "\ud800", "a\udfffb", "\x00", "\ufeff", "</s>", "<|im_end|>",
-                     "\n\nHuman:", "\n\nAssistant:", PAIR, "\u2028"]),
+                     "\n\nHuman:", "\n\nAssistant:", PAIR, "\u2028", "\ufdd0", "<s>a",
+                     "<think>b</think>c", "<|eot_id|>", "[INST]"]),
     st.builds(lambda: "x" * 20_000),
 )  # fmt: skip
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), _TEXTS)
@@ -105,7 +122,9 @@ _MESSAGES = st.lists(
         st.fixed_dictionaries(
             {}, optional={"role": st.one_of(st.sampled_from(["user", "assistant", "System", "gpt",
                                                              "tool", "nobody"]), _SCALARS),
-                          "content": _SCALARS, "from": _SCALARS, "value": _SCALARS}),
+                          "content": _SCALARS, "from": _SCALARS, "value": _SCALARS,
+                          "thinking": _SCALARS, "weight": _SCALARS, "tool_calls": _SCALARS,
+                          "name": _SCALARS, "audio": _SCALARS, "id": _SCALARS}),
         _SCALARS,
     ),
     max_size=4,
@@ -130,7 +149,7 @@ def damaged(draw: st.DrawFn, row: dict[str, Any]) -> bytes:
         )).replace(b"\n", b" ")  # fmt: skip
     row = dict(row)
     for _ in range(draw(st.integers(1, 3))):
-        name = draw(st.sampled_from([*row, "prompt", "chosen", "system"]))
+        name = draw(st.sampled_from([*row, "prompt", "chosen", *BESIDE]))
         how = draw(st.sampled_from(["drop", "value", "value", "inside", "inside", "case"]))
         value = row.get(name)
         if how == "drop":
@@ -189,6 +208,7 @@ def read(path: Path, kind: str, tokenizer: Any, **options: Any):
         load_records(path), make_chat_format(tokenizer), kind=kind, **options
     )
     tokens, _ = tokenize_rows(rows, tokenizer, max_prompt_length=64, max_completion_length=48)
+    check_read_back(rows, tokenizer)
     return rows, report, tokens
 
 
@@ -205,8 +225,48 @@ def check_refusal(error: Exception, path: Path) -> None:
         assert f"{path}:{error.row}: " in text
         assert error.reason
         assert "on_bad_row" in text
-    fields = {name for kind in LAYOUTS.values() for needed, _ in kind.values() for name in needed}
+    fields = {
+        name for kind in LAYOUTS.values() for of in kind.values()
+        for needed in of.needed for name in needed.split("|")
+    }  # fmt: skip
     assert any(word in text for word in (*fields, *CAUSES)), text
+
+
+def check_read_back(rows: Any, tokenizer: Any) -> None:
+    """Decoding the ids gives back prompt and completions, or it is said that it does not."""
+    tokens, said = tokenize_rows(
+        rows, tokenizer, max_prompt_length=10**6, max_completion_length=10**6
+    )
+    assert said.dropped_equal + said.dropped_unscored + len(tokens) == len(rows)
+    wrong, n = 0, tokens.num_completions
+    at = dict(zip(tokens.source_rows.tolist(), range(len(tokens)), strict=True))
+    for source, row in zip(rows.source_rows, rows.rows, strict=True):
+        i = at.get(source)
+        if i is None:
+            continue
+        prompt = tokens.prompt_ids[slice(*tokens.prompt_offsets[i : i + 2])].tolist()
+        whole = [row.chosen, row.rejected] if n == 2 else ["".join(t for t, _ in row.pieces)]
+        wrong += not _reads(tokenizer, prompt, row.prompt)
+        for b, text in enumerate(whole):
+            ids = tokens.completion_ids[slice(*tokens.completion_offsets[i * n + b :][:2])].tolist()
+            wrong += not _reads(tokenizer, ids, text)
+    assert not wrong or said.not_read_back, rows
+
+
+def _reads(tokenizer: Any, ids: list[int], text: str) -> bool:
+    """Whether the ids read as the text, blanks, EOS and BOS at the ends aside."""
+
+    def bare(words: str) -> str:
+        words = "".join(words.replace(MARK, "").split())
+        while words.endswith(tokenizer.eos_token):
+            words = words.removesuffix(tokenizer.eos_token)
+        return words
+
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    first = [tokenizer.bos_token or "", ""]
+    return any(bare(decoded) == bare(text.removeprefix(bos)) for bos in first) or any(
+        bare(decoded.removeprefix(bos)) == bare(text) for bos in first
+    )
 
 
 def check_tokens(tokens: Any) -> None:
@@ -266,8 +326,12 @@ def check_good_rows_are_kept(rows: Any, kind: str, lines: Lines, tokenizer: Any)
     for line, well in lines:
         if well:
             alone = Record("alone.jsonl", 1, json.loads(line))
-            expected, _ = format_rows([alone], make_chat_format(tokenizer), kind=kind)
-            assert at[record] == expected[0]
+            try:
+                expected, _ = format_rows([alone], make_chat_format(tokenizer), kind=kind)
+            except RowError:  # this template refuses a system turn, say
+                assert record not in at
+            else:
+                assert at[record] == expected[0]
         record += bool(line.strip())
 
 

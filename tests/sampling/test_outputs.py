@@ -9,7 +9,8 @@ import pytest
 
 from spo_jax.cli import main
 from spo_jax.data import make_chat_format
-from spo_jax.data.chat import BadRow
+from spo_jax.data.badrow import BadRow
+from spo_jax.data.reader import Reader
 from spo_jax.models import init_model, load_model, load_params, save_pretrained
 from spo_jax.policies.completions import Completion, complete
 from spo_jax.sampling.outputs import Partial, length_report, read_prompt
@@ -103,7 +104,7 @@ PLAIN = "\n\nHuman: Hi\n\nAssistant:"
 @pytest.mark.parametrize(
     ("row", "with_template", "without"),
     [
-        ({"instruction": "Hi", "prompt": "no"}, CHAT, "Hi"),
+        ({"instruction": "Hi", "id": 7}, CHAT, "Hi"),
         ({"prompt": "Hi"}, CHAT, "Hi"),
         ({"question": "Hi"}, CHAT, "Hi"),
         ({"prompt": ASKED}, CHAT, PLAIN),
@@ -119,15 +120,15 @@ PLAIN = "\n\nHuman: Hi\n\nAssistant:"
 )  # fmt: skip
 def test_where_a_prompt_comes_from(row, with_template, without):
     for template, expected in ((CHATML, with_template), (None, without)):
-        chat = make_chat_format(make_char_tokenizer(template=template))
-        found = read_prompt(row, chat, templated=template is not None)
+        reader = Reader(make_chat_format(make_char_tokenizer(template=template)))
+        found = read_prompt(row, reader, templated=template is not None)
         assert found == ("Hi", expected, None)
 
 
 def test_a_dialogue_keeps_its_labels():
     turns = [*ASKED, ANSWER, {"role": "user", "content": "And?"}]
-    chat = make_chat_format(make_char_tokenizer(template=CHATML))
-    shown = read_prompt({"prompt": turns}, chat, templated=True).instruction
+    reader = Reader(make_chat_format(make_char_tokenizer(template=CHATML)))
+    shown = read_prompt({"prompt": turns}, reader, templated=True).instruction
     assert shown == "Human: Hi\n\nAssistant: ho\n\nHuman: And?\n\nAssistant:"
 
 
@@ -136,7 +137,7 @@ def test_a_dialogue_keeps_its_labels():
     [
         ({"text": "a story"}, "empty prompt"),
         ({"foo": 1}, "no prompt.*foo"),
-        ({"instruction": " "}, "empty prompt"),
+        ({"instruction": " "}, "empty instruction"),
         ({"instruction": 3}, "wrong type in 'instruction'"),
         ({"instruction": "a", "input": 3}, "wrong type in 'input'"),
         ({"prompt": 3}, "wrong type in 'prompt'"),
@@ -144,9 +145,9 @@ def test_a_dialogue_keeps_its_labels():
     ],
 )
 def test_rows_without_a_prompt(row, word):
-    chat = make_chat_format(make_char_tokenizer())
+    reader = Reader(make_chat_format(make_char_tokenizer()))
     with pytest.raises(BadRow, match=word):
-        read_prompt(row, chat, templated=False)
+        read_prompt(row, reader, templated=False)
 
 
 def test_a_stopped_start_goes_on(folder, data, tmp_path, capsys, monkeypatch):

@@ -53,6 +53,8 @@ def make_pairs(
     chat_template: str | None = None,
     compute_dtype: str = "float32",
     on_bad_row: str = "error",
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
     batch_size: int = BLOCK,
 ) -> Counts:
     """``write_pairs`` of the rows of ``data``, by a run's policy or a model.
@@ -68,6 +70,8 @@ def make_pairs(
         subset=subset,
         max_rows=max_rows,
         on_bad_row=on_bad_row,
+        columns=dict(columns or {}),
+        ignore_columns=tuple(ignore_columns),
         chat_template=chat_template,
     )
     with TemporaryDirectory() as work:

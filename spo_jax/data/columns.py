@@ -1,0 +1,176 @@
+"""Columns and keys of rows: renamed, read, known to be only about the row, or an error.
+
+Whatever a row holds and no parser reads ends in one of three ways: it is about the row (an id, a
+source, a score), it says again what is read already, or the row is refused with the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from spo_jax.data.badrow import BadRow, shown
+
+ABOUT_THE_ROW = frozenset(
+    """
+    id ids uid uuid guid idx index row number no hash sha sha256 md5 fingerprint digest key
+    source sources src origin dataset datasets datasplit collection corpus file filename filepath
+    path url urls link links domain split subset license licence copyright
+    score scores rating ratings rank ranks reward rewards grade grades stars votes upvotes likes
+    quality confidence probability likelihood logprob logprobs perplexity toxicity agreement
+    timestamp timestamps time times date datetime created updated modified at year
+    model models generator generators policy temperature provider engine
+    language languages lang locale category categories subcategory topic topics subject subjects
+    tag tags type types kind task tasks level difficulty keyword keywords cluster
+    author authors annotator annotators annotation annotations worker workers rater raters
+    length lengths len count counts num n tokens turns words chars characters size
+    version metadata meta info extra
+    """.split()  # noqa: SIM905
+)
+"""Words that speak about a row and not to a model, as columns and keys are named in the wild."""
+
+_NOUNS = frozenset(
+    """
+    prompt prompts chosen rejected completion completions response responses answer answers
+    question instruction conversation conversations dialogue dialog message sample example item
+    user record problem pair turn avg average mean min max std diff difference delta total is has
+    of the original overall
+    """.split()  # noqa: SIM905
+)
+"""Words that go along with one of those: ``prompt_id``, ``score_chosen``, ``chosen-model``."""
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
+
+
+def is_about_the_row(name: str) -> bool:
+    """Whether a column of that name is known to say something about the row alone."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    plain = [word for word in words if not word.isdigit()]
+    return (
+        bool(plain)
+        and all(word in ABOUT_THE_ROW or word in _NOUNS for word in plain)
+        and any(word in ABOUT_THE_ROW for word in plain)
+    )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, blank text, an empty list or mapping."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | tuple | dict) and not value)
+
+
+class Columns:
+    """What a data set's configuration says of its columns, and what was seen of them.
+
+    ``mapping`` is ``{our name: the file's}``; ``ignored`` are columns and message keys to leave
+    out. ``not_read`` counts the rows in which something about the row alone stood, by name.
+    """
+
+    def __init__(self, mapping: Mapping[str, str] | None = None, ignored: Sequence[str] = ()):
+        self.mapping, self.ignored = dict(mapping or {}), frozenset(ignored)
+        self.not_read: Counter[str] = Counter()
+        self.seen: set[str] = set()
+        self._kinds: dict[tuple[frozenset[str], frozenset[str]], tuple[list[str], list[str]]] = {}
+
+    def rename(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row under our names. Raises ``BadRow`` where a mapped name stands there twice."""
+        self.seen.update(fields)
+        if not self.mapping:
+            return fields
+        found = {k: v for k, v in fields.items() if k not in self.mapping.values()}
+        for ours, theirs in self.mapping.items():
+            if theirs not in fields:
+                continue
+            if ours in found and ours not in self.ignored and not is_empty(found[ours]):
+                raise BadRow(
+                    f"two columns for '{ours}'",
+                    f"its own, and '{theirs}' by data.columns",
+                    f"map another, or leave its own out: data.ignore_columns: [{ours}]",
+                )
+            found[ours] = fields[theirs]
+        return found
+
+    def check(self, fields: Mapping[str, Any], read: frozenset[str]) -> None:
+        """Raise ``BadRow`` for a column that is not among ``read`` and may not be left out."""
+        key = (frozenset(fields), read)
+        if key not in self._kinds:
+            rest = [n for n in fields if n not in read and n not in self.ignored]
+            about = [name for name in rest if is_about_the_row(str(name))]
+            self._kinds[key] = about, [name for name in rest if name not in about]
+        about, unknown = self._kinds[key]
+        self.not_read.update(about)
+        unknown = [name for name in unknown if not is_empty(fields[name])]
+        if not unknown:
+            return
+        known = list(_texts([fields[name] for name in read if name in fields]))
+        for name in unknown:
+            if not says_again(fields[name], known):
+                raise unread("column", [name], sorted(read - set(fields)))
+            self.not_read[f"{name} (says again what is read)"] += 1
+
+    def check_keys(self, message: Mapping[str, Any], read: frozenset[str], place: str) -> None:
+        """The same for the keys of a message."""
+        for name in message:
+            if name in read or name in self.ignored or is_empty(message[name]):
+                continue
+            if not is_about_the_row(str(name)):
+                raise unread("key", [name], [], place)
+            self.not_read[f"{name} (of messages)"] += 1
+
+    def missing(self, seen_all: bool) -> list[str]:
+        """Names in the configuration that no row has, with whose they are."""
+        if not seen_all:
+            return []
+        absent = [f"data.columns: {n}" for n in self.mapping.values() if n not in self.seen]
+        return absent
+
+
+def unread(what: str, names: Sequence[Any], free: Sequence[str], place: str = "") -> BadRow:
+    """The error for a column or key that nobody reads."""
+    name = shown(names)
+    where = f" of {place}" if place else ""
+    mapping = f"map it (data.columns: {{{free[0]}: {name}}}), " if free else ""
+    rename = "rename it" if what == "column" else "rename the key"
+    return BadRow(
+        f"a {what} that is not read: {name}{where}",
+        "it might change what the model sees",
+        f"{rename}, {mapping}or leave it out by name (data.ignore_columns: [{name}])",
+    )
+
+
+def says_again(value: Any, known: Sequence[str]) -> bool:
+    """Whether every text in ``value`` stands in ``known`` already, or repeats all of ``known``."""
+    texts = [text for text in _texts(value) if text]
+    if not texts or any(isinstance(leaf, int | float) for leaf in _leaves(value)):
+        return False
+    if all(any(_repeats(text, other) for other in known) for text in texts):
+        return True
+    parts = [text for text in known if text]
+    return len(texts) == 1 and len(parts) > 1 and all(part in texts[0] for part in parts)
+
+
+def _repeats(text: str, known: str) -> bool:
+    return text == known or (len(text) >= _LONG and text in known)
+
+
+_LONG = 12
+"""Characters from which on a text does not stand in another by chance."""
+_ROLES = frozenset(["system", "developer", "user", "human", "assistant", "gpt", "tool", "function"])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    return (leaf.strip() for leaf in _leaves(value) if isinstance(leaf, str) and leaf not in _ROLES)
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        for inside in value.values():
+            yield from _leaves(inside)
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield from _leaves(inside)
+    elif value is not None:
+        yield value
