@@ -388,3 +388,24 @@ def test_what_is_public_is_documented(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{shown(path)} has no docstring"
     assert not undocumented(tree.body)
+
+
+# Numbers
+
+
+def test_what_is_written_as_json_is_strict():
+    """``to_json`` refuses NaN; ``json.dumps`` is left to what holds no computed number."""
+    plain = {
+        "checkpoints/atomic.py",  # to_json itself
+        "checkpoints/frozen.py", "checkpoints/run_folder.py",  # integers, names
+        "parallel/processes.py",  # read back by this program
+        "models/saving.py", "models/tensor_files.py", "policies/loading.py",  # a given config.json
+        "evaluation/judge.py", "sampling/make_pairs/journal.py", "sampling/outputs.py",  # hashes
+        "data/written.py", "study/runner.py", "study/table.py",  # given; compared; allow_nan=False
+    }  # fmt: skip
+    used = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in MODULES
+        if "json.dumps(" in path.read_text() or "json.dump(" in path.read_text()
+    }
+    assert used <= plain

@@ -14,8 +14,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, UInt32
 
-from spo_jax.solvers import all_finite
-
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -49,7 +47,7 @@ def _checksums(leaves: list[Array]) -> UInt32[Array, "N 2"]:
 
 @jax.jit
 def _broken(leaves: list[Array]) -> Bool[Array, "N"]:
-    return jnp.stack([~all_finite(x) for x in leaves])
+    return jnp.stack([~jnp.all(jnp.isfinite(x)) for x in leaves])
 
 
 @functools.cache

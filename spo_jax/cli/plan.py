@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,9 @@ def _plan(options: argparse.Namespace) -> int:
     work = _search if options.search else _plan_stages
     status = work(options, config, architecture, machine, stages, record)
     if options.json:
-        Path(options.json).write_text(json.dumps(record, indent=2) + "\n")
+        from spo_jax.checkpoints.atomic import to_json
+
+        Path(options.json).write_text(to_json(record, options.json, indent=2) + "\n")
     return status
 
 

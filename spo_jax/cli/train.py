@@ -150,10 +150,15 @@ def _train(options: argparse.Namespace) -> int:
     table = [{"stage": stage, **result.metrics} for stage, result in results.items()]
     if not is_first():
         return 0
-    write_results(config, table)
+    broken = write_results(config, table)
     print(format_table(table, _title(config)))
     for result in results.values():
         print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")
+    if broken:
+        raise ValueError(
+            f"{', '.join(broken)}: no number (NaN or infinite), null in results.json. The run is "
+            "saved; find the held-out rows with spo-jax evaluate, in float32"
+        )
     if options.command == "dynamics":
         return _probed([r.folder / "dynamics.jsonl" for r in results.values()], config.output_dir)
     last = results.get("preference") or list(results.values())[-1]

@@ -58,7 +58,11 @@ def row_logprobs(
     batches: Iterable[CompletionBatch],
     place: Callable[[Any], Any],
 ) -> dict[str, np.ndarray]:
-    """Per row: ``logprobs`` and ``lengths`` ``[N, n]`` (nats, scored tokens), in row order."""
+    """Per row: ``logprobs`` and ``lengths`` ``[N, n]`` (nats, scored tokens), in row order.
+
+    Raises:
+        ValueError: a log-prob that is not finite; no figure is made of it.
+    """
 
     @jax.jit
     def compute(params, batch):
@@ -69,7 +73,15 @@ def row_logprobs(
     found = [jax.device_get(compute(params, place(batch))) for batch in batches]
     ids, sums, lengths = (np.concatenate(x) for x in zip(*found, strict=True))
     order = np.argsort(ids, kind="stable")[(ids < 0).sum() :]
-    return {"logprobs": sums[order], "lengths": lengths[order]}
+    sums, ids = sums[order], ids[order]
+    broken = ids[~np.isfinite(sums).all(axis=1)]
+    if len(broken):
+        raise ValueError(
+            f"the log-probs of {len(broken)} of {len(ids)} rows are not finite, the first that of "
+            f"row {broken[0]}: the model's weights or logits overflow. Compute in float32 "
+            "(--compute-dtype float32), or take an earlier checkpoint"
+        )
+    return {"logprobs": sums, "lengths": lengths[order]}
 
 
 def preference_summary(

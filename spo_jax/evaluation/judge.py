@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spo_jax.checkpoints.atomic import to_json
 from spo_jax.evaluation.heldout import wilson_interval
 
 SIMILAR = 0.1
@@ -217,7 +218,7 @@ def judge_outputs(
             for name, value in ask_judge(words, open_requests, timeout=timeout):
                 found[name] = value
                 line = {"id": name, "preference": value, "key": keys[name]}
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line, str(path)) + "\n")
                 file.flush()
     sizes = {"outputs": len(ours), "others": len(theirs)}
     return {"verdicts": str(path), **sizes, **summary(pairs, found)}

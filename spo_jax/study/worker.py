@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text, to_json, without_nan
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.study.grid import (
     START_ROW,
@@ -74,12 +73,19 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
     except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise CellFailed(f"{cell.name}: {said[0]} (the whole of it: {log})") from None
+    _, broken = without_nan(metrics)
+    if broken:
+        raise CellFailed(
+            f"{cell.name}: {', '.join(broken)} is no number (NaN or infinite): look at {log}, and "
+            f"at the run in {cell.folder}"
+        )
     result = {
         "config": resolved(cell),
         "metrics": metrics,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    replace_text(cell.folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    path = cell.folder / RESULT_FILE
+    replace_text(path, to_json(result, str(path), indent=1) + "\n")
     return result
 
 

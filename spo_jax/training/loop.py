@@ -15,8 +15,14 @@ from spo_jax.checkpoints import CheckpointError, Checkpoints
 from spo_jax.config.schema import LoopConfig
 from spo_jax.parallel.processes import Vote, by_first
 from spo_jax.training.batches import Batches, positions
-from spo_jax.training.stopping import Diverged, Interrupted, Stopped, stop_signals
-from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress
+from spo_jax.training.stopping import (
+    Diverged,
+    Interrupted,
+    Stopped,
+    check_learnt,
+    stop_signals,
+)
+from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, MovementAlarm, Progress
 from spo_jax.types import BilevelBatch, TrainState
 
 
@@ -47,12 +53,14 @@ class Counters:
     """What a run has counted so far; saved with it, so that a resumed run counts on.
 
     ``skipped`` updates were not applied, the last ``in_a_row`` of them without a good one
-    behind; ``tokens`` are real ones, of both levels.
+    behind; ``still`` ones were applied and changed no weight; ``tokens`` are real ones, of both
+    levels.
     """
 
     skipped: int = 0
     in_a_row: int = 0
     tokens: int = 0
+    still: int = 0
 
 
 class _Pending(NamedTuple):
@@ -78,6 +86,7 @@ def run_loop(
     Raises:
         Stopped: SIGINT or SIGTERM came, to any process; the state is saved.
         Diverged: ``loop.max_skipped`` updates in a row were not applied; the state is saved.
+        NothingLearnt: every update is done, and none has changed a weight.
         CheckpointError: the last checkpoint could not be written. One that fails on the way
             is a warning, and the next one tries again.
     """
@@ -121,6 +130,8 @@ class Loop:
         self._pending: _Pending | None = None
         self._received: list[int] = []
         self._stop = self._broken = 0
+        # Of a resumed run the first updates may be the small ones at the end of a schedule.
+        self._movement = MovementAlarm() if self._done == 0 else None
 
     def run(self) -> TrainState:
         """As ``run_loop``."""
@@ -145,6 +156,8 @@ class Loop:
         if self._done > start:
             self._look(self.steps, to_the_end=True)
             self._probe_if_due()
+        counted, log = self.counters, str(self.writer.skipped_file)
+        check_learnt(self.name, self.steps, skipped=counted.skipped, still=counted.still, log=log)
         return self.state
 
     def _advance(self) -> None:
@@ -205,6 +218,8 @@ class Loop:
         self.counters.tokens += tokens
         self.counters.skipped += skipped
         self.counters.in_a_row = self.counters.in_a_row + 1 if skipped else 0
+        moved = [metrics[k] for k in ("moved_share", "inner_moved_share") if k in metrics]
+        self.counters.still += bool(moved) and not skipped and max(moved) == 0
         speed = self._throughput.add(tokens)
         metrics["padding_share"] = 1 - tokens / (room * jax.process_count())
         metrics |= {"tokens_seen": self.counters.tokens, "skipped": self.counters.skipped}
@@ -215,20 +230,24 @@ class Loop:
         self.progress.update(step, metrics, speed)
         if skipped:
             self._tell_skipped(step, ids, metrics)
-        warning = self.alarm.update(step, metrics) if self.alarm is not None else None
-        if warning:
+        warnings = [self.alarm.update(step, metrics) if self.alarm is not None else None]
+        if self._movement is not None and not skipped:
+            warnings.append(self._movement.update(metrics, last=step == self.steps))
+        for warning in filter(None, warnings):
             self.progress.say(warning)
 
     def _tell_skipped(
         self, step: int, ids: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
         broken = sorted(k for k, v in metrics.items() if not np.isfinite(v))
+        broken = broken or ["new weights or optimizer state"]
         records = self.batches.records(ids)
         self.writer.write_skipped(step, {"not_finite": broken, "records": records})
         if self.counters.in_a_row == 1:
             self.progress.say(
-                f"WARNING step {step}: the loss or the gradient is not finite. The update is not "
-                f"applied; its rows stand in {self.writer.skipped_file}"
+                f"WARNING step {step}: the loss, the gradient or what the update makes of it is "
+                f"not finite ({', '.join(broken[:3])}). The update is not applied; its rows stand "
+                f"in {self.writer.skipped_file}"
             )
         self._broken = max(self._broken, self.counters.in_a_row)
 
@@ -241,10 +260,11 @@ class Loop:
         self.counters.in_a_row = 0
         self._save_last()
         raise Diverged(
-            f"{self.name}: {count} updates in a row had a loss or gradient that is not finite and "
-            f"were not applied ({section}.max_skipped). The state before them is saved as step "
-            f"{self._done}; their rows stand in {self.writer.skipped_file}. Look at these rows, "
-            "then go on behind them with --resume, or start again with a smaller learning rate"
+            f"{self.name}: {count} updates in a row had a loss, a gradient or new weights that are "
+            f"not finite and were not applied ({section}.max_skipped). The state before them is "
+            f"saved as step {self._done}; their rows stand in {self.writer.skipped_file}. Look at "
+            "these rows, then go on behind them with --resume, or start again with a smaller "
+            "learning rate"
         )
 
     def _run_state(self) -> dict[str, Any]:
@@ -284,6 +304,12 @@ class Loop:
         # Given up when the run is to stop: there may be little time to save.
         with contextlib.suppress(Interrupted):
             found = self.evaluate(self.state, check=check)
+            broken = [k for k, v in found.items() if not np.isfinite(v)]
+            if broken:
+                self.progress.say(
+                    f"WARNING step {step}: of the held-out rows {', '.join(broken)} is no number "
+                    "(NaN or infinite): left out of metrics.jsonl"
+                )
             self.writer.write(step, {f"eval/{k}": v for k, v in found.items()})
 
     def _probe_if_due(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 
 from spo_jax import __version__
 from spo_jax.checkpoints import Checkpoints
-from spo_jax.checkpoints.atomic import replace_bytes, replace_text
+from spo_jax.checkpoints.atomic import replace_bytes, replace_text, to_json, without_nan
 from spo_jax.config.changes import check_changes
 from spo_jax.config.parsing import config_to_yaml, read_tree
 from spo_jax.config.schema import Config
@@ -76,10 +75,15 @@ def describe_run(config: Config, name: str, folder: Path, source: Path) -> None:
     replace_text(folder / "config.yaml", text)
 
 
-def write_results(config: Config, table: Sequence[Mapping[str, Any]]) -> None:
-    """``results.json``: a row a stage, its held-out metrics and graded answers."""
+def write_results(config: Config, table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``results.json``: a row a stage, its held-out metrics and graded answers.
+
+    A number that is none is null there; returns the names of these.
+    """
     path = Path(config.output_dir) / "results.json"
-    replace_text(path, json.dumps(table, indent=2) + "\n")
+    numbers, broken = without_nan({row["stage"]: row for row in table})
+    replace_text(path, to_json(list(numbers.values()), str(path), indent=2) + "\n")
+    return broken
 
 
 def go_on(

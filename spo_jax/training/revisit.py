@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints import CheckpointReader, load_reference
-from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.config.parsing import ConfigError, override, read_tree
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.config.validation import checked_config
@@ -147,7 +146,8 @@ def _probe_stage(
         state, _, _ = checkpoints.restore(state_shapes(stage, like, mesh), step)
         lines[step] = {"step": step, **probes.record(state, update)}
         if jax.process_index() == 0:
-            replace_text(path, "".join(json.dumps(lines[s]) + "\n" for s in sorted(lines)))
+            text = "".join(to_json(lines[s], str(path)) + "\n" for s in sorted(lines))
+            replace_text(path, text)
     return path
 
 

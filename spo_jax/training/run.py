@@ -42,7 +42,10 @@ from spo_jax.training.stage import (
     raw_key,
     state_shapes,
 )
+from spo_jax.training.step_sizes import check_step_sizes
+from spo_jax.training.stopping import check_learnt
 from spo_jax.training.trackers import (
+    SKIPPED_FILE,
     DisplacementAlarm,
     MetricsWriter,
     ProbeWriter,
@@ -81,6 +84,7 @@ def train(
         RunExists: the folder holds a run, and not ``resume``.
         ChangedConfig: settings that the saved state does not survive.
         Stopped: SIGINT or SIGTERM came; the state is saved.
+        Diverged, NothingLearnt: updates that are not finite; a stage that changed no weight.
         ValueError: what cannot be run: data, sizes, a model; the message names the mend.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
@@ -93,6 +97,7 @@ def train(
         check = partial(check_folders, config, stages, resume=resume, allow_changes=allow_changes)
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)
+        check_step_sizes(config, stages, start.params, begun=begun)
         exam, loss = make_exam(config, start.tokenizer), preference_loss(config)
         if exam is not None:
             check_exam(exam, start)
@@ -217,6 +222,8 @@ def run_stage(
             remember(state)
         if probe is not None:
             probe(done, state)
+        log = str(folder / SKIPPED_FILE)
+        check_learnt(name, steps, skipped=counters.skipped, still=counters.still, log=log)
     checkpoints.close()
     return StageResult(start._replace(params=state.solver.params), dict(metrics), folder)
 

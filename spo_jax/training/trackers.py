@@ -12,7 +12,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.checkpoints.atomic import replace_text, to_json, without_nan
 from spo_jax.dynamics.probes import DYNAMICS_FILE, Probes
 from spo_jax.parallel.processes import by_first
 from spo_jax.types import TrainState
@@ -35,9 +35,10 @@ class StepLines:
             self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line, at once on the disk."""
+        """One line, at once on the disk; a number that is none is null, so that it stays JSON."""
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line, _ = without_nan({"step": step, **values})
+            self._file.write(to_json(line, "a line of metrics") + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -189,6 +190,39 @@ _SHOWN = (
 
 def _is_number(metrics: Mapping[str, float], key: str) -> bool:
     return key in metrics and not math.isnan(float(metrics[key]))
+
+
+class MovementAlarm:
+    """Warns once when the first updates leave nearly all weights as they were.
+
+    Looks at the mean of ``moved_share`` over the first ``window`` updates that are applied.
+    """
+
+    def __init__(self, threshold: float = 0.1, window: int = 10):
+        self._threshold, self._window = threshold, window
+        self._shares: list[float] = []
+        self._gradient = False
+
+    def update(self, metrics: Mapping[str, float], *, last: bool) -> str | None:
+        """The warning's text when the window is full, or the ``last`` update done, else None."""
+        if "moved_share" not in metrics or len(self._shares) == self._window:
+            return None
+        shares = [float(metrics.get(k, 0.0)) for k in ("moved_share", "inner_moved_share")]
+        self._shares.append(max(shares))
+        self._gradient |= float(metrics["grad_norm"]) > 0
+        mean = sum(self._shares) / len(self._shares)
+        if (len(self._shares) < self._window and not last) or mean >= self._threshold:
+            return None
+        if not self._gradient:
+            return (
+                f"WARNING the gradient of the first {len(self._shares)} updates is 0: the loss "
+                "has nothing to learn from these rows. Look at the pairs, and at beta"
+            )
+        return (
+            f"WARNING the first {len(self._shares)} updates changed {100 * mean:.2g} % of the "
+            "weights that have a gradient (moved_share): the others' steps are rounded away in the "
+            "dtype of the weights. Raise the learning rate, or set model.param_dtype: float32"
+        )
 
 
 class DisplacementAlarm:

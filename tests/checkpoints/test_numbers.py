@@ -121,7 +121,7 @@ def test_a_state_with_nan_that_lies_there_is_named_and_passed_over(tmp_path, mon
     shown = capsys.readouterr().err
     assert "checkpoint 2" in shown
     assert "solver/params/embed holds NaN or infinity" in shown
-    with pytest.raises(DamagedCheckpoint, match="embed holds NaN or infinity. There are 1"):
+    with pytest.raises(DamagedCheckpoint, match=r"embed holds NaN or infinity\. There are 1"):
         reader.restore_params(params, 2)
     assert_same(checkpoints.restore(toy())[0], toy(1))
     assert (tmp_path / "damaged" / "2").is_dir()

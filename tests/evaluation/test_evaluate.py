@@ -223,3 +223,14 @@ def test_answers_stop_at_the_ids_of_generation_config(writer, tmp_path):
     assert grade(policy, "arithmetic", rows, outputs=outputs, max_new_tokens=9)["cut_off"] == 0
     end = min(free.ids.index(i) for i in named)
     assert json.loads(outputs.read_text())["output"] == tokenizer.decode(free.ids[:end])
+
+
+def test_a_log_prob_that_is_no_number_gives_no_figure():
+    """Its mean was NaN, written as such behind exit 0."""
+    whole = random_batch()
+    broken = np.asarray(whole.completion_tokens).copy()
+    broken[2, 0, 0] = 10**6  # in no vocabulary
+    assert whole.completion_mask[2, 0, 0]
+    batch = whole._replace(completion_tokens=broken)
+    with pytest.raises(ValueError, match=r"of 1 of 8 rows are not finite, the first that of row 2"):
+        row_logprobs(LOGPROBS, PARAMS, [batch], lambda batch: batch)

@@ -17,7 +17,7 @@ from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import Vote
 from spo_jax.training.batches import Batches, positions
 from spo_jax.training.loop import Counters, Throughput, run_loop
-from spo_jax.training.stopping import Diverged, Stopped, stop_signals
+from spo_jax.training.stopping import Diverged, NothingLearnt, Stopped, stop_signals
 from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
 
@@ -454,3 +454,55 @@ def test_an_evaluation_is_given_up_for_a_signal_and_made_up_for(tmp_path):
 def test_checkpoints_kept_for_good(tmp_path):
     run(tmp_path, steps=11, save_every=1, keep=2, keep_every=4)
     assert saved(tmp_path) == [4, 8, 10, 11]
+
+
+def test_held_out_figures_that_are_no_number_are_named(tmp_path, capsys):
+    found = {"loss": float("nan"), "gap": float("inf"), "inner_loss": 1.0}
+    run(tmp_path, evaluate=lambda state, check: found)
+    shown = capsys.readouterr().err
+    assert "WARNING step 7: of the held-out rows loss, gap is no number" in shown
+    assert "eval/loss" not in read_metrics(tmp_path)[-1]
+    assert read_metrics(tmp_path)[-1]["eval/inner_loss"] == 1.0
+
+
+def moving(*shares, grad_norm=1.0):
+    """A step with ``moved_share`` as given, one update after the other."""
+
+    def step(state, batch):
+        state, metrics = step_fn(state, batch)
+        share = shares[min(int(state.step), len(shares)) - 1]
+        return state, metrics | {"moved_share": share, "grad_norm": grad_norm}
+
+    return step
+
+
+def test_steps_that_move_next_to_nothing_are_said_once(tmp_path, capsys):
+    run(tmp_path / "a", steps=25, step_fn=moving(0.0, 0.01))
+    shown = capsys.readouterr().err
+    assert shown.count("WARNING the first 10 updates changed 0.9 % of the weights") == 1
+    run(tmp_path / "b", steps=25, step_fn=moving(*[0.5] * 10, 0.0))
+    assert "WARNING" not in capsys.readouterr().err
+    # The small steps at the end of a schedule, seen by a run that is resumed there.
+    with pytest.raises(Stopped):
+        run(tmp_path / "c", steps=12, step_fn=stopping(7, signal.SIGTERM))
+    run(tmp_path / "c", steps=12, step_fn=moving(0.01), resume=True)
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_a_run_that_moved_nothing_is_an_error_behind_its_last_look(tmp_path, capsys):
+    with pytest.raises(NothingLearnt, match="7 of 7 updates were applied and changed no weight"):
+        run(tmp_path, step_fn=moving(0.0, grad_norm=0.0), evaluate=held_out)
+    assert saved(tmp_path) == [7]
+    assert looked(tmp_path) == [(7, 3.5)]
+    assert "the gradient of the first 7 updates is 0" in capsys.readouterr().err
+    # One that moved something is none, also when it is resumed.
+    run(tmp_path / "b", step_fn=moving(0.0, 0.1, 0.0))
+    with pytest.raises(Stopped):
+        run(tmp_path / "c", step_fn=stopping(3, signal.SIGTERM))
+    run(tmp_path / "c", step_fn=moving(0.0), resume=True)
+
+
+def test_skipped_updates_alone_are_an_error(tmp_path):
+    with pytest.raises(NothingLearnt, match="none of the 7 updates was applied"):
+        run(tmp_path, step_fn=breaking(*range(7)))
+    assert saved(tmp_path) == [7]

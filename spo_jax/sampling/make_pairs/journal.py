@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from spo_jax.checkpoints.atomic import to_json
+
 PARTIAL = ".partial"
 """Behind the name of a file that is not whole yet."""
 
@@ -109,7 +111,7 @@ class PairFile:
         self.counts.append(dict(counts))
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(to_json(line, str(self.partial)).encode() + b"\n")
         self._file.flush()
 
     def finish(self, description: Mapping[str, Any]) -> None:
@@ -118,7 +120,7 @@ class PairFile:
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         with temporary.open("w") as file:
             for line, _ in _whole_lines(self.partial):
-                file.writelines(json.dumps(row) + "\n" for row in line.get("rows", ()))
+                file.writelines(to_json(row, str(self.out)) + "\n" for row in line.get("rows", ()))
         if self.out.exists() and not filecmp.cmp(temporary, self.out, shallow=False):
             temporary.unlink()
             raise FileExistsError(f"{self.out} exists beside {self.partial}: remove one of them")
