@@ -122,7 +122,7 @@ def _tokenizer(folder: str | Path) -> Any:
     if there:
         check_json_files(Path(folder))
     try:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
     except Exception as cause:
         if there:
             check_json_files(Path(folder), large=True)
@@ -133,6 +133,14 @@ def _tokenizer(folder: str | Path) -> Any:
             f"no tokenizer: the files of {folder} cannot be read ({type(cause).__name__}: "
             f"{brief}): download or export the folder again"
         ) from cause
+    template = getattr(tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{folder}: chat_template is {type(template).__name__}, expected text or several by "
+            "name: mend tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def _text(path: Path | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from spo_jax.models.folders import files_left_aside, files_to_carry
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.policies import load_policy, stop_ids
 from spo_jax.tasks import arithmetic
+from tests.models.test_fuzz_folders import spoil_bytes
 from tests.models.tiny_models import HF_CONFIGS, write_folder
 
 TOKENIZER_FILES = (
@@ -161,6 +163,11 @@ def test_tokens_without_an_embedding_are_said(folder, mesh, capsys):
         ("tokenizer.json", b'{"version": "1.0", "model": 3}', "no tokenizer"),
         ("tokenizer_config.json", b'{"tokenizer_class": 7}', "no tokenizer"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": 7}', "no tokenizer"),
+        (
+            "tokenizer_config.json",
+            b'{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": 7}',
+            "chat_template is int, expected text",
+        ),
         ("added_tokens.json", b"{", r"model/added_tokens\.json cannot be read"),
         ("adapter_config.json", b"{}", "holds an adapter"),
     ],
@@ -170,6 +177,34 @@ def test_broken_files_are_named(name, content, message, folder, mesh):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load(folder, mesh)
     assert _is_ours(error.value)
+
+
+@pytest.mark.slow
+def test_spoiled_tokenizers_are_loaded_or_refused(folder, mesh):
+    """Nothing but an error of ours comes out, whatever is wrong with the files."""
+    rng = random.Random(5)
+    odd = (None, 7, True, [], {}, [1], "", "<none>", {"a": 1}, [{"name": "default"}], 1e9)
+    keys = ("chat_template", "eos_token", "pad_token", "tokenizer_class", "model_max_length",
+            "added_tokens_decoder", "extra_special_tokens", "padding_side", "auto_map")  # fmt: skip
+    loaded = refused = 0
+    for number in range(80):
+        file = folder / ("tokenizer_config.json", "tokenizer.json")[number % 2]
+        before = file.read_bytes()
+        if number % 4 == 0:
+            change(file, **{rng.choice(keys): rng.choice(odd)})
+        else:
+            file.write_bytes(spoil_bytes(before, rng))
+        try:
+            policy = load(folder, mesh)
+            stop_ids(policy.folder, policy.tokenizer)
+            loaded += 1
+        except (ValueError, FileNotFoundError) as error:
+            if not _is_ours(error):
+                raise
+            refused += 1
+        file.write_bytes(before)
+    assert loaded > 5
+    assert refused > 20
 
 
 def test_a_mistyped_key_of_model_init_is_an_error(tmp_path, mesh):
