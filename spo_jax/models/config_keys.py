@@ -115,6 +115,7 @@ HARMLESS = {
     # where it came from, by what it was written
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "unsloth_version",
     "unsloth_fixed", "_from_model_config", "transformers.js_config", "tokenizer_class",
+    "is_llama_config", "neftune_noise_alpha",
     # the dtype of the stored values, which every tensor says for itself (``check_config_keys``
     # looks whether the two agree)
     "dtype", "torch_dtype", "use_bfloat16",
@@ -153,6 +154,7 @@ def check_config_keys(
         key
         for key, value in hf.items()
         if not (key in own or _is_known(key, value))
+        and not (key == "max_sequence_length" and value == hf.get("max_position_embeddings"))
         and (strict or not _says_nothing(hf["model_type"], key, value))
     ]
     if unknown:

@@ -60,6 +60,8 @@ def test_absent_keys_are_what_transformers_takes(model_type):
         {"logit_scale": None, "use_mrope": False, "is_causal": True, "quantization_config": None},
         {"chunk_size_feed_forward": 0, "partial_rotary_factor": 1.0, "auto_map": {}},
         {"layer_types": ["full_attention"] * 3},
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}},
+        {"max_sequence_length": 64, "_name_or_path": "x", "unsloth_version": "2025.1"},
     ],
 )
 def test_what_changes_nothing_is_read_past(harmless):
@@ -76,6 +78,8 @@ def test_what_changes_nothing_is_read_past(harmless):
         ("llama", {"embedding_multiplier": 12}, "embedding_multiplier=12"),
         ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
         ("llama", {"sliding_window": 4}, "sliding_window=4"),
+        ("llama", {"max_sequence_length": 65}, "max_sequence_length=65"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("llama", {"num_key_value_head": 2}, "did you mean 'num_key_value_heads'"),
         ("llama", {"is_causal": False}, "is_causal=False"),
         ("llama", {"per_layer_config": {"0": {"head_dim": 2}}}, "per_layer_config"),
