@@ -58,4 +58,5 @@ def _reason(key: str) -> str | None:
 
 
 def _shown(key: str, values: tuple[Any, Any]) -> str:
-    return f"{key}: {values[0]} -> {values[1]}"
+    before, now = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(str, values))
+    return f"{key}: {before} -> {now}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import re
 import types
@@ -240,6 +241,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(f"{key}: expected a number below 1e308") from None
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if hint is str and isinstance(value, datetime.date):  # as YAML reads 2026-11-26
+        return value.isoformat()
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     expected = _type_names(hint)[0]

@@ -219,6 +219,9 @@ class Config:
 
     output_dir: str = _key("runs/run", "folder of the run")
     seed: int = _key(0, "of initialization, data order and sampling")
+    date: str | None = _key(
+        None, "YYYY-MM-DD that chat templates are told (default: the day the run begins)"
+    )
     stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
         ("preference",),
         "sft, preference, baseline (preference again, solver preference_only), in this order",

@@ -6,6 +6,7 @@ room must not import.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         if section in given and not (section == "dynamics" and off):
             raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
 
+    _validate_date(config)
     validate_ranges(config)
     validate_objective(config, given)
     validate_model(config)
@@ -141,3 +143,11 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         validate_dynamics(config.dynamics)
     if "answers" not in unused_sections(config):
         validate_answers(config)
+
+
+def _validate_date(config: Config) -> None:
+    try:
+        if config.date is not None:
+            datetime.date.fromisoformat(config.date)
+    except ValueError:
+        raise ConfigError(f"date={config.date!r}: expected a day as 2026-11-26") from None

@@ -16,8 +16,8 @@ from spo_jax.data.badrow import BadRow, shown
 ABOUT_THE_ROW = frozenset(
     """
     id ids uid uuid guid idx index row number no hash sha sha256 md5 fingerprint digest key
-    source sources src origin dataset datasets datasplit collection corpus file filename filepath
-    path url urls link links domain split subset license licence copyright
+    source sources src origin from dataset datasets datasplit collection corpus file
+    filename filepath path url urls link links domain split subset license licence copyright
     score scores rating ratings rank ranks reward rewards grade grades stars votes upvotes likes
     quality confidence probability likelihood logprob logprobs perplexity toxicity agreement
     timestamp timestamps time times date datetime created updated modified at year
@@ -25,7 +25,7 @@ ABOUT_THE_ROW = frozenset(
     language languages lang locale category categories subcategory topic topics subject subjects
     tag tags type types kind task tasks level difficulty keyword keywords cluster
     author authors annotator annotators annotation annotations worker workers rater raters
-    length lengths len count counts num n tokens turns words chars characters size
+    length lengths len count counts num n sample samples tokens turns words chars characters size
     version metadata meta info extra
     """.split()  # noqa: SIM905
 )
@@ -34,7 +34,7 @@ ABOUT_THE_ROW = frozenset(
 _NOUNS = frozenset(
     """
     prompt prompts chosen rejected completion completions response responses answer answers
-    question instruction conversation conversations dialogue dialog message sample example item
+    question instruction conversation conversations dialogue dialog message item
     user record problem pair turn avg average mean min max std diff difference delta total is has
     of the original overall
     """.split()  # noqa: SIM905
@@ -108,7 +108,7 @@ class Columns:
         known = list(_texts([fields[name] for name in read if name in fields]))
         for name in unknown:
             if not says_again(fields[name], known):
-                raise unread("column", [name], sorted(read - set(fields)))
+                raise unread("column", [name], sorted({"system"} & (read - set(fields))))
             self.not_read[f"{name} (says again what is read)"] += 1
 
     def check_keys(self, message: Mapping[str, Any], read: frozenset[str], place: str) -> None:

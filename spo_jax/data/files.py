@@ -54,7 +54,11 @@ class Records:
 
 
 def load_records(
-    path_or_name: str | Path, *, split: str = "train", subset: str | None = None
+    path_or_name: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    quiet: bool = False,
 ) -> Records:
     """Open a local JSON, JSON Lines (also ``.gz``) or Parquet file, a folder, or a hub data set.
 
@@ -71,7 +75,7 @@ def load_records(
             raise ValueError(f"{path}: unknown kind of file; expected {', '.join(DATA_SUFFIXES)}")
         return Records(str(path), (path,))
     if path.is_dir():
-        return Records(str(path), _folder_sources(path, split))
+        return Records(str(path), _folder_sources(path, split, quiet=quiet))
     if _looks_local(text, path):
         raise FileNotFoundError(_missing_message(path))
     return Records(text, (_load_hub(text, split, subset),))
@@ -91,7 +95,7 @@ def _missing_message(path: Path) -> str:
     return f"no such file or folder: {path}{hint}"
 
 
-def _folder_sources(folder: Path, split: str) -> tuple[Any, ...]:
+def _folder_sources(folder: Path, split: str, *, quiet: bool) -> tuple[Any, ...]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
 
@@ -108,10 +112,10 @@ def _folder_sources(folder: Path, split: str) -> tuple[Any, ...]:
     )
     if not files:
         raise FileNotFoundError(f"{folder} holds no data file ({', '.join(DATA_SUFFIXES)})")
-    return tuple(_of_split(folder, files, split))
+    return tuple(_of_split(folder, files, split, quiet=quiet))
 
 
-def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]:
+def _of_split(folder: Path, files: Sequence[Path], split: str, *, quiet: bool) -> Sequence[Path]:
     """The files of a split: those that it names whole, else the one kind that it begins.
 
     A file's split is what stands in its name without the number of a shard (``train`` of
@@ -121,7 +125,7 @@ def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]
     whole = [file for file in files if split in labels[file]]
     if whole:
         others = sorted({_stem(f.name) for f in files if f not in whole and _begins(f, split)})
-        if others:
+        if others and not quiet:
             say(f"{folder}: split {split} is read; not read: {shown(others)}")
         return whole
     begun = [file for file in files if _begins(file.relative_to(folder), split)]
@@ -132,7 +136,8 @@ def _of_split(folder: Path, files: Sequence[Path], split: str) -> Sequence[Path]
             "(data.train_split, data.eval_split, --split)"
         )
     if begun:
-        say(f"{folder}: split {split} is read from {kinds[0]}")
+        if not quiet:
+            say(f"{folder}: split {split} is read from {kinds[0]}")
         return begun
     if any(_begins(f.relative_to(folder), word) for f in files for word in _SPLIT_WORDS):
         names = ", ".join(str(p.relative_to(folder)) for p in files[:8])

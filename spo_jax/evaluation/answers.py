@@ -63,6 +63,7 @@ def make_exam(config: Config, tokenizer: Any) -> Exam | None:
         "sft",
         tokenizer,
         name="answers",
+        date=config.date,
     )
     settings["max_new_tokens"] = section.max_new_tokens or TASKS[section.task].max_new_tokens
     return Exam(section.task, [(row.prompt, reference_answer(row)) for row in rows], settings)

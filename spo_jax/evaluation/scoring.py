@@ -25,7 +25,7 @@ from spo_jax.evaluation.heldout import (
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
 from spo_jax.policies.limits import check_rows
-from spo_jax.policies.loading import Policy, find_run, load_policy
+from spo_jax.policies.loading import Policy, date_of_run, find_run, load_policy
 from spo_jax.policies.rows import prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
@@ -124,7 +124,8 @@ def evaluate_model(
             return load_policy(settings, mesh, seed=0, work=Path(work) / name)
 
         policy = load(model, "policy")
-        rows = prepare_rows(section, kind, policy.tokenizer, seed=0, name="data")
+        day = date_of_run(model)
+        rows = prepare_rows(section, kind, policy.tokenizer, seed=0, name="data", date=day)
         check_rows(rows, policy.model.config, policy.tokenizer, "data")
         size = round_up(batch_size, batch_shards(mesh))
         batches = eval_batches(rows.train, batch_size=size, buckets=rows.buckets)
@@ -148,7 +149,7 @@ def evaluate_model(
         else:
             result |= sft_summary(found)
         if task is not None:
-            texts = read_rows(section, kind, policy.tokenizer, name="task")
+            texts = read_rows(section, kind, policy.tokenizer, name="task", date=day)
             settings = {"max_new_tokens": max_new_tokens or TASKS[task].max_new_tokens}
             result |= grade(
                 policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from spo_jax.checkpoints import CheckpointReader
 from spo_jax.checkpoints.atomic import replace_bytes, replace_text
+from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import BUILTIN_TASK, ModelConfig
 from spo_jax.data import load_tokenizer
 from spo_jax.models import (
@@ -22,7 +24,7 @@ from spo_jax.models import (
     load_params,
     resolve_model_folder,
 )
-from spo_jax.models.folders import files_to_carry
+from spo_jax.models.folders import files_to_carry, read_object
 from spo_jax.parallel.mesh import sharded_shapes, tree_shardings
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.folder_news import (
@@ -37,6 +39,9 @@ from spo_jax.types import Params
 
 MODEL_FOLDER = "model"
 """Inside a run: config.json and tokenizer, so that the run is a model by itself."""
+
+SOURCES = "sources.json"
+"""In that folder: the files it was made of, with their checksums."""
 
 
 class Policy(NamedTuple):
@@ -62,6 +67,12 @@ def find_run(path: str | Path) -> Path | None:
     return None
 
 
+def date_of_run(path: str | Path) -> str | None:
+    """The day that the templates of the run at ``path`` were told; ``None``: it is no run."""
+    run = find_run(path)
+    return None if run is None else read_tree(run / "config.yaml").get("date")
+
+
 def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
     """The execution options of the model section, for parameters on ``mesh``."""
     return Execution(
@@ -79,7 +90,7 @@ def load_policy(
     """The policy that ``model.path`` or ``model.init`` names, placed on the mesh.
 
     ``work`` receives what the run must keep of it (config.json and tokenizer), from the first
-    process. With ``unchanged`` it is an error if that differs from what is there already.
+    process. With ``unchanged`` what is there already stays, and sources that differ are named.
     Raises one error that names path and mend when there is no such model. What lies in its
     folder and is not used is said.
     """
@@ -93,8 +104,8 @@ def load_policy(
     if source is not None:
         by_first(lambda: _check(source))
     by_first(lambda: _fill(work, source, config, unchanged))
-    model = load_model(work if source is None else source, execution(config, mesh))
-    check_stop_ids(work if source is None else source, model.config.vocab_size)
+    model = load_model(work, execution(config, mesh))
+    check_stop_ids(work, model.config.vocab_size)
     tokenizer = _tokenizer(work)
     say_of_tokenizer(tokenizer, model.config)
     aside = [] if source is None or run else files_news(source)
@@ -150,9 +161,13 @@ def _text(path: Path | None) -> str | None:
 def _fill(work: Path, source: Path | None, config: ModelConfig, unchanged: bool) -> None:
     """Put config.json and tokenizer into ``work``."""
     work.mkdir(parents=True, exist_ok=True)
+    sources = _checksums(source, config.tokenizer)
+    if unchanged and (work / SOURCES).is_file():
+        _say_changes(work, sources)
+        return
     if source is not None:
         # Of two tokenizers only one may lie there: a template of the other would be taken.
-        _carry(source, work, unchanged, tokenizer=config.tokenizer is None)
+        _carry(source, work, tokenizer=config.tokenizer is None)
     if config.tokenizer == BUILTIN_TASK:
         arithmetic.write_tokenizer(work)
     elif config.tokenizer is not None:
@@ -161,6 +176,7 @@ def _fill(work: Path, source: Path | None, config: ModelConfig, unchanged: bool)
         found = _architecture(config, work)
         decoder_config_from_hf(found, "model.init")
         replace_text(work / "config.json", json.dumps(found, indent=2))
+    replace_text(work / SOURCES, json.dumps(sources, indent=1))
 
 
 def _architecture(config: ModelConfig, work: Path) -> dict[str, Any]:
@@ -177,17 +193,37 @@ def _random_params(model: Model, mesh: Mesh, seed: int) -> Params:
     return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _carry(source: Path, target: Path, unchanged: bool, *, tokenizer: bool) -> None:
+def _carry(source: Path, target: Path, *, tokenizer: bool) -> None:
     if source == target:
         return
     for name in files_to_carry(source, tokenizer=tokenizer):
-        file, own = source / name, target / name
-        new = file.read_bytes()
-        if unchanged and own.exists() and own.read_bytes() != new:
-            raise ValueError(
-                f"{file} is not what the run in {target.parent} was started with (it keeps "
-                f"{own}): bring the model back that it began with, or go on with this one by "
-                "--allow-changes"
-            )
+        own = target / name
         own.parent.mkdir(exist_ok=True)
-        replace_bytes(own, new)
+        replace_bytes(own, (source / name).read_bytes())
+
+
+def _checksums(source: Path | None, tokenizer: str | None) -> dict[str, str]:
+    """Of the files that a run's model folder is made of, by their paths."""
+    folders = [] if source is None else [(source, tokenizer is None)]
+    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
+        folders.append((Path(tokenizer).expanduser(), True))
+    return {
+        str(folder / name): hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for folder, whole in folders
+        for name in files_to_carry(folder, tokenizer=whole)
+    }
+
+
+def _say_changes(work: Path, now: dict[str, str]) -> None:
+    """Name the files that are not what ``work`` was made of: it stays as it is."""
+    before = read_object(work / SOURCES)
+    changed = [
+        f"{file} {'is gone' if file not in now else 'has changed' if file in before else 'is new'}"
+        for file in sorted({*before, *now})
+        if before.get(file) != now.get(file)
+    ]
+    if changed:
+        say(
+            f"{'; '.join(changed)} since the run began: it goes on with its own copies in {work} "
+            "(to take these: --allow-changes)"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import Any, NamedTuple
 
 from spo_jax.config.schema import DataConfig, TaskConfig
@@ -41,11 +42,22 @@ class Rows(NamedTuple):
     buckets: LengthBuckets
 
 
-def read_rows(data: DataConfig, kind: str, tokenizer: Any, *, name: str) -> TextRows:
-    """The rows of ``data.train`` as text, bad ones reported (or an error)."""
+def read_rows(
+    data: DataConfig,
+    kind: str,
+    tokenizer: Any,
+    *,
+    name: str,
+    date: str | None = None,
+) -> TextRows:
+    """The rows of ``data.train`` as text, bad ones reported (or an error).
+
+    ``date`` is what chat templates are told (``None``: today).
+    """
+    day = None if date is None else datetime.date.fromisoformat(date)
     rows, report = format_rows(
         load_records(data.train, split=data.train_split, subset=data.subset),
-        make_chat_format(tokenizer, template=data.chat_template),
+        make_chat_format(tokenizer, template=data.chat_template, date=day),
         kind=kind,
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,
@@ -57,18 +69,27 @@ def read_rows(data: DataConfig, kind: str, tokenizer: Any, *, name: str) -> Text
     return rows
 
 
-def prepare_rows(data: DataConfig, kind: str, tokenizer: Any, *, seed: int, name: str) -> Rows:
+def prepare_rows(
+    data: DataConfig,
+    kind: str,
+    tokenizer: Any,
+    *,
+    seed: int,
+    name: str,
+    date: str | None = None,
+) -> Rows:
     """Read, check, split and tokenize a data set; says what was kept, cut and dropped.
 
-    ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration.
+    ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration, ``date``
+    what chat templates are told.
     """
-    rows = read_rows(data, kind, tokenizer, name=name)
+    rows = read_rows(data, kind, tokenizer, name=name, date=date)
     heldout = None
     if data.eval is not None:
         section = dataclasses.replace(
             data, train=data.eval, train_split=data.eval_split, max_rows=None
         )
-        heldout = read_rows(section, kind, tokenizer, name=f"{name}.eval")
+        heldout = read_rows(section, kind, tokenizer, name=f"{name}.eval", date=date)
     elif data.eval_fraction:
         rows, heldout = split_by_prompt(rows, fraction=data.eval_fraction, seed=seed)
 

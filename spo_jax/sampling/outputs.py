@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
 from spo_jax.policies.completions import Completion, complete_batches, stop_ids
 from spo_jax.policies.decoding import check_sampling
-from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.loading import Policy, date_of_run, load_policy
 from spo_jax.policies.text_statistics import repetition
 
 REPETITIVE = 0.5
@@ -281,7 +282,12 @@ def generate_outputs(
         section = ModelConfig(path=model, compute_dtype=compute_dtype)
         policy = load_policy(section, make_mesh(), seed=0, work=Path(work))
         longest = _prompt_room(policy, max_new_tokens, max_prompt_length)
-        chat = make_chat_format(policy.tokenizer, template=chat_template)
+        day = date_of_run(model)
+        chat = make_chat_format(
+            policy.tokenizer,
+            template=chat_template,
+            date=None if day is None else datetime.date.fromisoformat(day),
+        )
         templated = bool(chat_template or getattr(policy.tokenizer, "chat_template", None))
         if not templated:
             say("no chat template: instructions are used as plain prompts (see --chat-template)")

@@ -54,7 +54,7 @@ def rows_of_stage(
                 data = builtin_data(config, section, policy, root, resume=resume)
             kind = "preference" if section == "data" else "sft"
             read[section] = prepare_rows(
-                data, kind, policy.tokenizer, seed=config.seed, name=section
+                data, kind, policy.tokenizer, seed=config.seed, name=section, date=config.date
             )
             check_rows(read[section], policy.model.config, policy.tokenizer, section)
         return read[section]

@@ -15,10 +15,13 @@ from spo_jax.config.changes import check_changes
 from spo_jax.config.parsing import config_to_yaml, read_tree
 from spo_jax.config.schema import Config
 from spo_jax.config.validation import unused_sections
+from spo_jax.data import load_tokenizer
 from spo_jax.parallel.processes import say
+from spo_jax.policies.kept_format import keep_stop_ids, keep_template
 from spo_jax.policies.loading import MODEL_FOLDER, is_run
 from spo_jax.training.batches import Batches
 from spo_jax.training.loop import Counters
+from spo_jax.training.pinned import changed_inputs, stage_template
 from spo_jax.training.stage import Stage
 from spo_jax.training.trackers import DisplacementAlarm
 from spo_jax.types import TrainState
@@ -68,8 +71,13 @@ def describe_run(config: Config, name: str, folder: Path, source: Path) -> None:
     model = folder / MODEL_FOLDER
     model.mkdir(parents=True, exist_ok=True)
     if model != source:
-        for file in source.iterdir():
-            replace_bytes(model / file.name, file.read_bytes())
+        for file in source.rglob("*"):
+            if file.is_file():
+                own = model / file.relative_to(source)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                replace_bytes(own, file.read_bytes())
+    keep_template(model, stage_template(config, name))
+    keep_stop_ids(model, load_tokenizer(model), None)
     header = f"spo-jax {__version__}, jax {jax.__version__}, stage {name}"
     text = config_to_yaml(config, without=unused_sections(config), header=header)
     replace_text(folder / "config.yaml", text)
@@ -87,6 +95,7 @@ def write_results(config: Config, table: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def go_on(
+    config: Config,
     stage: Stage,
     checkpoints: Checkpoints,
     like: TrainState,
@@ -100,20 +109,24 @@ def go_on(
     With ``allow_changes`` other data than those of the checkpoint begin with their first batch.
     """
     state, position, run = checkpoints.restore(like)
-    _go_to(batches, position, stage.name, allow_changes)
+    _go_to(config, batches, position, stage.name, allow_changes)
     if alarm is not None and "alarm" in run:
         alarm.set_state(run["alarm"])
     say(f"{stage.name}: going on from step {int(state.step)} of {stage.steps}")
     return state, Counters(**run.get("counters", {}))
 
 
-def _go_to(batches: Batches, position: dict[str, Any], name: str, allow_changes: bool) -> None:
+def _go_to(
+    config: Config, batches: Batches, position: dict[str, Any], name: str, allow_changes: bool
+) -> None:
     try:
         batches.set_state(position)
     except ValueError as error:
         if not allow_changes:
+            files = changed_inputs(config, name, stage_folder(config, name))
+            found = f". Of the files: {'; '.join(files)}" if files else ""
             raise ValueError(
-                f"{name}: {error}; or take the data as they are now, from their first batch, with "
-                "--allow-changes"
+                f"{name}: {error}{found}; or take the data as they are now, from their first "
+                "batch, with --allow-changes"
             ) from error
         say(f"{name}: the data have changed, they begin with their first batch")

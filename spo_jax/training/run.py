@@ -18,6 +18,7 @@ from spo_jax.evaluation.answers import Exam, check_exam, make_exam
 from spo_jax.losses import PreferenceLoss
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
+from spo_jax.policies.kept_format import keep_stop_ids
 from spo_jax.policies.loading import MODEL_FOLDER, Policy, load_policy
 from spo_jax.policies.rows import Rows
 from spo_jax.training.appraisal import make_heldout, make_look
@@ -31,6 +32,7 @@ from spo_jax.training.material import (
     number_of_steps,
     rows_of_stage,
 )
+from spo_jax.training.pinned import pin, trained_template, write_inputs
 from spo_jax.training.resuming import check_folders, describe_run, go_on, stage_folder
 from spo_jax.training.stage import (
     Stage,
@@ -94,6 +96,8 @@ def train(
     root = Path(config.output_dir)
     with RunLock(root):
         check_shared(root)
+        folders = [stage_folder(config, name) for name in stages]
+        config = pin(config, folders, resume=resume, allow_changes=allow_changes)
         check = partial(check_folders, config, stages, resume=resume, allow_changes=allow_changes)
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)
@@ -178,11 +182,12 @@ def run_stage(
             # A model that leaves no room for a second one must be able to go on.
             jax.tree.map(lambda x: x.delete(), start.params)
         state, counters = go_on(
-            stage, checkpoints, like, batches, alarm, allow_changes=allow_changes
+            config, stage, checkpoints, like, batches, alarm, allow_changes=allow_changes
         )
     else:
         state, counters = first_state(config, stage, start, mesh, donate=donate), Counters()
     by_first(lambda: describe_run(config, name, folder, start.folder))
+    by_first(lambda: write_inputs(config, name, folder))
 
     # Loop: updates, checkpoints, looks and probes on the way.
     done, active = int(state.step), is_first()
@@ -232,6 +237,7 @@ def load_start(config: Config, mesh: Mesh, *, unchanged: bool = False) -> Policy
     """The policy that the run starts from; what of it is large and lies uncut is said."""
     work = Path(config.output_dir) / MODEL_FOLDER
     start = load_policy(config.model, mesh, seed=config.seed, work=work, unchanged=unchanged)
+    by_first(lambda: keep_stop_ids(work, start.tokenizer, trained_template(config)))
     for leaf in unsharded(start.params, mesh):
         size = f"{leaf.bytes_per_device / 2**20:.0f} MiB a device"
         say(f"WARNING {leaf.path} {list(leaf.shape)} takes {size}: {leaf.note}")
@@ -249,6 +255,7 @@ def first_state(
 def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     """Held-out metrics and graded answers of the policy that the pair stages start from."""
     mesh, folder = make_mesh(**dataclasses.asdict(config.mesh)), Path(config.output_dir)
+    config = pin(config, [], resume=resume, allow_changes=False)
     start, loss = load_start(config, mesh), preference_loss(config)
     exam = make_exam(config, start.tokenizer)
     rows = rows_of_stage(config, "baseline", start, {}, resume=resume)

@@ -18,7 +18,7 @@ from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.completions import Completion
 from spo_jax.policies.limits import check_texts
-from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.loading import Policy, date_of_run, load_policy
 from spo_jax.policies.rows import read_rows
 from spo_jax.sampling.make_pairs.draws import (
     BLOCK,
@@ -77,7 +77,8 @@ def make_pairs(
     with TemporaryDirectory() as work:
         config = ModelConfig(path=model, compute_dtype=compute_dtype)
         policy = load_policy(config, make_mesh(), seed=0, work=Path(work))
-        rows = read_rows(section, "sft", policy.tokenizer, name="data")
+        day = date_of_run(model)
+        rows = read_rows(section, "sft", policy.tokenizer, name="data", date=day)
         problems = gradable_problems(rows, policy.tokenizer, settings.task, on_bad_row=on_bad_row)
         check_texts(
             [problem.prompt for problem in problems],

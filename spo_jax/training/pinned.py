@@ -1,0 +1,144 @@
+"""What a run must not read anew: the date, its chat templates; and what its files were.
+
+A run that goes on gets the day it began and the templates it began with, whatever the calendar
+and the files say now. Files of rows are read again, and known by their checksums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.config.parsing import read_tree
+from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
+from spo_jax.data import load_records
+from spo_jax.data.chat import template_text
+from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.loading import is_run
+from spo_jax.training.stage import has_inner_rows
+
+INPUTS = "inputs.json"
+"""Inside a stage's folder: the files its rows were read from, with their checksums."""
+
+_SECTIONS = ("data", "sft_data", "answers")
+
+
+def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes: bool) -> Config:
+    """The configuration with its date filled in and its templates as text.
+
+    Those of the run that goes on in one of ``folders``, where there is one; a template file that
+    says something else by now is named, and taken with ``allow_changes`` alone.
+    """
+
+    def found() -> dict[str, Any]:
+        begun = next((f for f in folders if resume and is_run(f)), None)
+        saved = {} if begun is None else read_tree(begun / "config.yaml")
+        given = {name: getattr(config, name).chat_template for name in _SECTIONS}
+        texts = {
+            name: _template(name, value, saved, keep=not allow_changes)
+            for name, value in given.items()
+        }
+        texts["answers"] = texts["answers"] or _of_answers(config, texts)
+        today = datetime.date.today().isoformat()
+        return {"date": config.date or saved.get("date") or today, "texts": texts}
+
+    pinned = by_first(found)
+    sections = {
+        name: dataclasses.replace(getattr(config, name), chat_template=text)
+        for name, text in pinned["texts"].items()
+        if text != getattr(config, name).chat_template
+    }
+    return dataclasses.replace(config, date=pinned["date"], **sections)
+
+
+def _template(name: str, value: str | None, saved: Mapping[str, Any], *, keep: bool) -> str | None:
+    before = (saved.get(name) or {}).get("chat_template")
+    if value is None:
+        return None
+    is_file = "{{" not in value and "{%" not in value
+    if is_file and keep and before is not None:
+        if not Path(value).expanduser().is_file():
+            say(f"{name}.chat_template: {value} is gone: the run goes on with what it held")
+        elif template_text(value) != before:
+            say(
+                f"{name}.chat_template: {value} has changed since the run began, which goes on "
+                "with what it held (to take the new one: --allow-changes)"
+            )
+        return before
+    return template_text(value)
+
+
+def _of_answers(config: Config, texts: Mapping[str, str | None]) -> str | None:
+    """Problems are asked in the template that the run was trained with."""
+    if config.answers.data in (None, BUILTIN_TASK):
+        return None
+    return trained_template(config, texts)
+
+
+def trained_template(config: Config, texts: Mapping[str, str | None] | None = None) -> str | None:
+    """The template given for the rows that the run ends with: pairs, or else SFT rows."""
+    pairs = set(config.stages) - {"sft"}
+    name = "data" if pairs else "sft_data"
+    return texts[name] if texts is not None else getattr(config, name).chat_template
+
+
+def stage_template(config: Config, name: str) -> str | None:
+    """The template given for the rows of the stage ``name``."""
+    return (config.sft_data if name == "sft" else config.data).chat_template
+
+
+def write_inputs(config: Config, name: str, folder: Path) -> None:
+    """Put down which files the rows of the stage ``name`` are read from."""
+    replace_text(folder / INPUTS, json.dumps(_inputs(config, name), indent=1) + "\n")
+
+
+def changed_inputs(config: Config, name: str, folder: Path) -> list[str]:
+    """The files of rows that are not what they were when the stage was begun, by name."""
+    path = folder / INPUTS
+    if not path.is_file():
+        return []
+    before, now = json.loads(path.read_text()), _inputs(config, name)
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key, {}), now.get(key, {})
+        for file in sorted({*old, *new}):
+            if old.get(file) != new.get(file):
+                what = "is new" if file not in old else "is gone" if file not in new else "changed"
+                found.append(f"{key}: {file} {what}")
+    return found
+
+
+def _inputs(config: Config, name: str) -> dict[str, dict[str, str]]:
+    sections = ["sft_data"] if name == "sft" else ["data"]
+    if has_inner_rows(config, name):
+        sections.append("sft_data")
+    found = {}
+    for section in sections:
+        data: DataConfig = getattr(config, section)
+        for key, path, split in (
+            ("train", data.train, data.train_split),
+            ("eval", data.eval, data.eval_split),
+        ):
+            local = None if path in (None, BUILTIN_TASK) else Path(path).expanduser()
+            if local is None or not local.exists():
+                continue
+            records = load_records(local, split=split, subset=data.subset, quiet=True)
+            # By their place below what was named: a data set that was moved is the same.
+            root = local if local.is_dir() else local.parent
+            found[f"{section}.{key}"] = {
+                source.relative_to(root).as_posix(): _checksum(source)
+                for source in records.sources
+                if isinstance(source, Path)
+            }
+    return found
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
