@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--on-bad-row", choices=("error", "skip"), default="error")
     evaluate.add_argument("--chat-template", help="Jinja template or its file")
     add_row_options(evaluate)
-    evaluate.add_argument("--compute-dtype", default="float32", help="[float32]")
+    evaluate.add_argument("--compute-dtype", help="(default: as trained, else float32)")
     evaluate.add_argument("--output", help="also write the result as JSON here")
     evaluate.set_defaults(command_function=_evaluate)
 

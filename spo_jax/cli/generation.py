@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--top-p", type=float, help="draw from the fewest that hold this mass")
     generate.add_argument("--seed", type=int, default=0, help="[0]")
     generate.add_argument("--batch-size", type=int, default=64, help="rows at once [64]")
-    generate.add_argument("--compute-dtype", default="float32", help="[float32]")
+    generate.add_argument("--compute-dtype", help="(default: as trained, else float32)")
     generate.add_argument("--against", metavar="OTHER.json", help="outputs to be judged against")
     _add_judge(generate, required=False)
     generate.set_defaults(command_function=_generate)

@@ -67,7 +67,7 @@ def add_commands(commands: Any) -> None:
     add("--subset", help="configuration of a hub data set (gsm8k: main)")
     add("--max-prompt-length", type=int, default=1024, help="tokens [1024]")
     add("--chat-template", help="Jinja template or its file")
-    add("--compute-dtype", default="float32", help="[float32]")
+    add("--compute-dtype", help="(default: as trained, else float32)")
     add("--on-bad-row", choices=("error", "skip"), default="error")
     add_row_options(command)
     command.set_defaults(command_function=_make_pairs)

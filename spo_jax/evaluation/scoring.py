@@ -25,7 +25,7 @@ from spo_jax.evaluation.heldout import (
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
 from spo_jax.policies.limits import check_rows
-from spo_jax.policies.loading import Policy, date_of_run, find_run, load_policy
+from spo_jax.policies.loading import Policy, as_trained, date_of_run, find_run, load_policy
 from spo_jax.policies.rows import prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
@@ -91,7 +91,7 @@ def evaluate_model(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
     chat_template: str | None = None,
-    compute_dtype: str = "float32",
+    compute_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Score the rows of ``data``; the result is flat and JSON-able.
 
@@ -120,7 +120,7 @@ def evaluate_model(
     with TemporaryDirectory() as work:
 
         def load(path, name):
-            settings = ModelConfig(path=path, compute_dtype=compute_dtype)
+            settings = as_trained(path, compute_dtype)
             return load_policy(settings, mesh, seed=0, work=Path(work) / name)
 
         policy = load(model, "policy")

@@ -86,6 +86,9 @@ def check_prompts(ids: Sequence[Sequence[int]], config: DecoderConfig, tokenizer
         )
 
 
+_NO_LIMIT = 10**9
+
+
 def check_texts(
     texts: Sequence[str],
     config: DecoderConfig,
@@ -94,8 +97,15 @@ def check_texts(
     max_prompt_length: int,
     max_new_tokens: int,
 ) -> None:
-    """``check_prompts`` of texts, and a word where outputs can run past the model's positions."""
-    ids = encode_prompts(texts, tokenizer, max_prompt_length=max_prompt_length)
+    """``check_prompts`` of texts; what is cut, and what can run past the positions, is said."""
+    whole = encode_prompts(texts, tokenizer, max_prompt_length=_NO_LIMIT)
+    longer = [len(row) for row in whole if len(row) > max_prompt_length]
+    if longer:
+        say(
+            f"WARNING {len(longer)} of {len(whole)} prompts are longer than max_prompt_length="
+            f"{max_prompt_length} tokens, the longest has {max(longer)}: they lose their beginning"
+        )
+    ids = [row[-max_prompt_length:] for row in whole]
     check_prompts(ids, config, tokenizer)
     warn_of_long_outputs(max(map(len, ids), default=0), max_new_tokens, config)
 

@@ -73,6 +73,20 @@ def date_of_run(path: str | Path) -> str | None:
     return None if run is None else read_tree(run / "config.yaml").get("date")
 
 
+def as_trained(path: str | Path, compute_dtype: str | None = None) -> ModelConfig:
+    """The model section for what lies at ``path``: a run has the dtypes it was trained with.
+
+    ``compute_dtype`` stands for that of the run; a model folder has float32.
+    """
+    run = find_run(path)
+    trained = {} if run is None else read_tree(run / "config.yaml").get("model") or {}
+    return ModelConfig(
+        path=str(path),
+        param_dtype=trained.get("param_dtype", ModelConfig().param_dtype),
+        compute_dtype=compute_dtype or trained.get("compute_dtype", ModelConfig().compute_dtype),
+    )
+
+
 def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
     """The execution options of the model section, for parameters on ``mesh``."""
     return Execution(

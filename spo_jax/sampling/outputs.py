@@ -18,7 +18,6 @@ import numpy as np
 
 from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.checkpoints.checksums import params_fingerprint
-from spo_jax.config.schema import ModelConfig
 from spo_jax.data import Record, RowError, load_records, make_chat_format
 from spo_jax.data.badrow import BadRow
 from spo_jax.data.chat import ChatFormat, render_plain
@@ -31,7 +30,8 @@ from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
 from spo_jax.policies.completions import Completion, complete_batches, stop_ids
 from spo_jax.policies.decoding import check_sampling
-from spo_jax.policies.loading import Policy, date_of_run, load_policy
+from spo_jax.policies.limits import check_texts
+from spo_jax.policies.loading import Policy, as_trained, date_of_run, load_policy
 from spo_jax.policies.text_statistics import repetition
 
 REPETITIVE = 0.5
@@ -258,7 +258,7 @@ def generate_outputs(
     top_p: float | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    compute_dtype: str = "float32",
+    compute_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write ``out``: ``[{instruction, output, generator[, dataset]}, ...]`` in the rows' order.
 
@@ -279,7 +279,7 @@ def generate_outputs(
     if out.exists():
         raise FileExistsError(f"{out} exists already: name another file, or move it away")
     with tempfile.TemporaryDirectory() as work:
-        section = ModelConfig(path=model, compute_dtype=compute_dtype)
+        section = as_trained(model, compute_dtype)
         policy = load_policy(section, make_mesh(), seed=0, work=Path(work))
         longest = _prompt_room(policy, max_new_tokens, max_prompt_length)
         day = date_of_run(model)
@@ -293,6 +293,13 @@ def generate_outputs(
             say("no chat template: instructions are used as plain prompts (see --chat-template)")
         reader = Reader(chat, Columns(columns, ignore_columns))
         prompts = read_prompts(data, reader, templated=templated, split=split, max_rows=max_rows)
+        check_texts(
+            [prompt.text for prompt in prompts],
+            policy.model.config,
+            policy.tokenizer,
+            max_prompt_length=longest,
+            max_new_tokens=max_new_tokens,
+        )
         sampling = {
             "max_new_tokens": max_new_tokens, "max_prompt_length": longest,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
@@ -301,7 +308,7 @@ def generate_outputs(
         made_with = {
             "model": params_fingerprint(policy.params)[:32],
             "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:32],
-            "compute_dtype": compute_dtype,
+            "compute_dtype": section.compute_dtype,
             **sampling,
         }
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spo_jax.checkpoints.checksums import params_fingerprint
-from spo_jax.config.schema import DataConfig, ModelConfig
+from spo_jax.config.schema import DataConfig
 from spo_jax.data import TextRows
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.completions import Completion
 from spo_jax.policies.limits import check_texts
-from spo_jax.policies.loading import Policy, date_of_run, load_policy
+from spo_jax.policies.loading import Policy, as_trained, date_of_run, load_policy
 from spo_jax.policies.rows import read_rows
 from spo_jax.sampling.make_pairs.draws import (
     BLOCK,
@@ -51,7 +51,7 @@ def make_pairs(
     subset: str | None = None,
     max_rows: int | None = None,
     chat_template: str | None = None,
-    compute_dtype: str = "float32",
+    compute_dtype: str | None = None,
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
@@ -75,7 +75,7 @@ def make_pairs(
         chat_template=chat_template,
     )
     with TemporaryDirectory() as work:
-        config = ModelConfig(path=model, compute_dtype=compute_dtype)
+        config = as_trained(model, compute_dtype)
         policy = load_policy(config, make_mesh(), seed=0, work=Path(work))
         day = date_of_run(model)
         rows = read_rows(section, "sft", policy.tokenizer, name="data", date=day)
