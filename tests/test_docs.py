@@ -1,4 +1,4 @@
-"""docs/row.md keeps to the code: names that exist, ids that are true, the picture of the rooms."""
+"""docs/row.md and docs/data.md keep to the code: names, ids, the picture, what is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from spo_jax.data import format_rows, load_records, load_tokenizer, make_chat_format, tokenize_rows
+from spo_jax.data.layouts import LAYOUTS
+from spo_jax.data.messages import REASONING_KEYS, ROLES, TRAINED_KEYS
 from spo_jax.tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -58,3 +60,12 @@ def test_the_picture_has_every_room():
     assert set(found) <= set(rooms.read_words())
     assert "solvers" in found["training"]
     assert not found["types"]
+
+
+def test_what_is_read_of_rows_is_written_down():
+    page = (ROOT / "docs" / "data.md").read_text()
+    columns = {n for kind in LAYOUTS.values() for of in kind.values()
+               for name in (*of.needed, *of.optional) for n in name.split("|")}  # fmt: skip
+    keys = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id"}
+    for name in (*columns, *keys, *REASONING_KEYS, *TRAINED_KEYS, *ROLES):
+        assert f"`{name}`" in page, name
