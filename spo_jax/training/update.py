@@ -22,7 +22,7 @@ def make_train_step(
 
     Adds ``lr``, ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats per
     token), ``tokens`` (real ones of the global batch, both levels) and ``skipped`` to the metrics
-    of objective and solver. Where a loss, a gradient or anything of the solver's new state is not
+    of objective and solver. Where a loss, a gradient, a step or a new weight is not
     finite the update is not applied: parameters, optimizers, multipliers and statistics stay, bit
     for bit, ``skipped`` is 1, and only the step's number and its key go on.
     """
@@ -33,8 +33,7 @@ def make_train_step(
         metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
         if "gap" in metrics:
             metrics["inside_safe_region"] = metrics["gap"] <= tolerance
-        # A gradient can be finite and what an optimizer makes of it not: a square overflows.
-        fine = _is_finite(metrics) & all_finite(solver_state)
+        fine = _is_finite(metrics) & all_finite(_unbounded(solver_state))
         solver_state, objective_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
             (solver_state, objective_state),
@@ -50,8 +49,20 @@ def make_train_step(
     return step
 
 
-_DECIDING = ("loss", "inner_loss", "grad_norm", "inner_grad_norm")
-"""Metrics that an update needs finite, where they are there: a broken one breaks the state."""
+_DECIDING = ("loss", "inner_loss", "grad_norm", "inner_grad_norm", "update_norm")
+"""Metrics that an update needs finite, where they are there: a broken one breaks the state.
+
+A gradient can be finite and the step that an optimizer makes of it not.
+"""
+
+
+def _unbounded(solver_state: Any) -> list[Any]:
+    """What finite norms do not bound: numbers of the solver's own, and weights of float16.
+
+    Moments are float32 and at most sums of squares that ``grad_norm`` has added up; a finite step
+    overflows float16 alone. To look at all of the new state would keep it in memory beside the old.
+    """
+    return [x for x in jax.tree.leaves(solver_state) if x.ndim == 0 or x.dtype == jnp.float16]
 
 
 def _is_finite(metrics: Mapping[str, Any]) -> Any:

@@ -95,7 +95,7 @@ def wide_step(chain):
 
 @pytest.mark.parametrize("what", ["weights", "moments"])
 def test_an_update_that_overflows_behind_a_finite_gradient_is_not_kept(what):
-    """It is looked at itself: weights that overflow, or a moment only, which would stay so."""
+    """The step is looked at itself, and what of the new state its norm does not bound."""
 
     def spoil(grads, state, params=None):
         if what == "weights":
@@ -121,3 +121,21 @@ def test_the_share_moved_is_among_the_metrics():
     assert metrics["update_norm"] > 0
     assert metrics["moved_share"] == 0
     same(still.solver.params, state.solver.params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
+def test_finite_norms_bound_every_moment(name):
+    """Gradients as large as float32 has them: what the two norms let through is all finite."""
+    from spo_jax.solvers import all_finite, make_optimizer
+    from spo_jax.solvers.base import apply_gradients
+
+    chain, _ = make_optimizer(name=name, steps=9, learning_rate=1e-3, max_grad_norm=None)
+    let_through = []
+    for size in (1.0, 1e10, 1e17, 1e19, 1e25, 1e38):
+        grads = jax.tree.map(lambda x, s=size: s * x, PARAMS)
+        params, state, metrics = apply_gradients(chain, grads, chain.init(PARAMS), PARAMS)
+        if all(np.isfinite(metrics[name]) for name in ("grad_norm", "update_norm")):
+            let_through.append(size)
+            assert all_finite((params, state)), size
+    assert let_through[:3] == [1.0, 1e10, 1e17]
+    assert 1e25 not in let_through
