@@ -85,7 +85,8 @@ def run_loop(
 
     Raises:
         Stopped: SIGINT or SIGTERM came, to any process; the state is saved.
-        Diverged: ``loop.max_skipped`` updates in a row were not applied; the state is saved.
+        Diverged: ``loop.max_skipped`` updates in a row were not applied, and the state is saved;
+            or a step of the optimizer was not finite, and it is not.
         NothingLearnt: every update is done, and none has changed a weight.
         CheckpointError: the last checkpoint could not be written. One that fails on the way
             is a warning, and the next one tries again.
@@ -228,6 +229,8 @@ class Loop:
         if step % self.loop.log_every == 0 or step == self.steps or skipped:
             self.writer.write(step, metrics)
         self.progress.update(step, metrics, speed)
+        if not skipped and not np.isfinite(metrics.get("update_norm", 0.0)):
+            self._refuse_state(step)
         if skipped:
             self._tell_skipped(step, ids, metrics)
         warnings = [self.alarm.update(step, metrics) if self.alarm is not None else None]
@@ -235,6 +238,20 @@ class Loop:
             warnings.append(self._movement.update(metrics, last=step == self.steps))
         for warning in filter(None, warnings):
             self.progress.say(warning)
+
+    def _refuse_state(self, step: int) -> None:
+        """A step of an optimizer that is no number has spoiled the weights: none is saved."""
+        with contextlib.suppress(CheckpointError):  # one may still be on its way to the disk
+            self.checkpoints.wait()
+        last = self.checkpoints.latest_step()
+        section = "sft_optimizer" if self.name == "sft" else "outer"
+        saved = "Nothing was saved before" if last is None else f"Step {last} is saved before it"
+        raise Diverged(
+            f"{self.name}: what the optimizer made of update {step} is not finite, though its "
+            f"loss and gradient are: the weights in memory are spoiled and are not saved. {saved}: "
+            f"go on from there with --resume and other {section}.options, or a smaller "
+            "learning rate"
+        )
 
     def _tell_skipped(
         self, step: int, ids: Mapping[str, Any], metrics: Mapping[str, float]

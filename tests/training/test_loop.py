@@ -417,6 +417,21 @@ def test_too_many_skipped_in_a_row_stop_the_run_with_the_last_good_state(tmp_pat
     assert (lines[-1]["skipped"], lines[-1]["tokens_seen"]) == (6, 12 * 14)
 
 
+@pytest.mark.parametrize(("at", "left"), [(4, [2, 4]), (1, [])])
+def test_a_step_that_is_no_number_spoils_the_state_which_is_not_saved(tmp_path, at, left):
+    def step(state, batch):
+        new, metrics = step_fn(state, batch)
+        spoiled = int(batch.preference.row_ids[0]) == at
+        return new, metrics | {"update_norm": np.inf if spoiled else 1.0}
+
+    with pytest.raises(Diverged, match=f"update {at + 1} is not finite") as caught:
+        run(tmp_path, step_fn=step, save_every=2)
+    assert saved(tmp_path) == left
+    expected = "Step 4 is saved before it" if left else "Nothing was saved before"
+    assert expected in str(caught.value)
+    assert "other outer.options, or a smaller learning rate" in str(caught.value)
+
+
 def test_counters_go_on_where_they_were(tmp_path):
     with pytest.raises(Stopped):
         run(tmp_path / "a", step_fn=lambda s, b: stopping(3, signal.SIGTERM)(*(s, b)))
