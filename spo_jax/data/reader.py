@@ -42,6 +42,7 @@ class Reader:
         self.split_special_tokens = split_special_tokens
         self.said: Counter[str] = Counter()
         self.control: Counter[str] = Counter()
+        self.plain_texts = 0
 
     def messages(self, value: Any, field: str) -> list[Message]:
         """Messages of a column."""
@@ -145,6 +146,7 @@ class Reader:
     def plain(self, text: str) -> str:
         """A text that is taken as it stands; control tokens in it are counted."""
         no_mark(text, "text")
+        self.plain_texts += 1
         if self.chat.control is None or not self.chat.control.search(text):
             return text
         if self.split_special_tokens:
@@ -160,6 +162,11 @@ class Reader:
         found = [f"{n} {what}" for what, n in self.said.items() if n]
         if self.columns.not_read:
             found.append(f"not read: {shown(sorted(self.columns.not_read))}")
+        if self.plain_texts and self.chat.template is not None and not self.control:
+            found.append(
+                "plain text is taken as it stands, without the chat template (what users ask goes "
+                "into it: data.columns: {question: prompt})"
+            )
         if self.control:
             found.append(
                 f"plain text holds control tokens ({shown(sorted(self.control))}), read as such: "

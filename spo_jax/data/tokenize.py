@@ -83,6 +83,7 @@ class TokenReport:
     unscored_first_tokens: int
     dropped_unscored: int
     dropped_equal: int = 0
+    second_bos: int = 0
     not_read_back: int = 0
     not_read_back_example: str = ""
 
@@ -96,6 +97,8 @@ class TokenReport:
         )
         if self.dropped_equal:
             text += f", {self.dropped_equal} rows dropped whose completions are equal once cut"
+        if self.second_bos:
+            text += f", {self.second_bos} completions lost a BOS that stood behind the prompt"
         if self.not_read_back:
             text += (
                 f"; WARNING {self.not_read_back} texts do not read back as they were written: "
@@ -199,7 +202,7 @@ class _Collected:
         self.source_rows: list[int] = []
         self.num_completions = 0
         self.cut_prompts = self.cut_completions = self.unscored_first = self.dropped = 0
-        self.dropped_equal = self.not_read_back = 0
+        self.dropped_equal = self.not_read_back = self.second_bos = 0
         self.example = ""
 
     def add(self, rows: Sequence[TextRow], source_rows: Iterable[int]) -> None:
@@ -274,6 +277,7 @@ class _Collected:
         # Behind a prompt, or where the tokenizer's own BOS already is the prompt, it is a second.
         while has_prompt and bos not in (None, eos) and ids[:1] == [bos]:
             ids, mask = ids[1:], mask[1:]
+            self.second_bos += 1
         if ids[-1:] != [self.encoder.turn_end_id]:
             ids.append(eos)
             mask.append(pieces[-1][1])
@@ -321,6 +325,7 @@ class _Collected:
             unscored_first_tokens=self.unscored_first,
             dropped_unscored=self.dropped,
             dropped_equal=self.dropped_equal,
+            second_bos=self.second_bos,
             not_read_back=self.not_read_back,
             not_read_back_example=self.example,
         )

@@ -8,7 +8,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from spo_jax.data import Record, RowError, format_rows, load_records, make_chat_format
+from spo_jax.data import (
+    Record,
+    RowError,
+    format_rows,
+    load_records,
+    make_chat_format,
+    tokenize_rows,
+)
 from spo_jax.data.chat import ChatFormat, render_plain
 from spo_jax.data.columns import is_about_the_row
 from spo_jax.types import PreferenceRow
@@ -363,3 +370,24 @@ def test_keys_that_a_table_fills_in_are_not_there(tmp_path):
     first, second = load_records(path)
     assert first.fields["messages"][1] == {**A, "weight": 0}
     assert second.fields["messages"][0] == U
+
+
+def test_what_plain_text_is_taken_for_is_said():
+    row = {"prompt": "p", **ANSWERED}
+    _, report = read(row, form=chat())
+    assert "without the chat template" in str(report)
+    _, report = read({**row, "chosen": "<s>yes</s>"}, form=chat())
+    assert "plain text holds control tokens (</s>, <s>), read as such" in str(report)
+    tokenizer = make_char_tokenizer(bos=True)
+    form = make_chat_format(tokenizer)
+    limits = {"max_prompt_length": 9, "max_completion_length": 20}
+    spoiled = {**row, "chosen": "<s>a<s>b"}
+    rows, _ = read(spoiled, form=form)
+    tokens, report = tokenize_rows(rows, tokenizer, **limits)
+    assert tokenizer.decode(tokens.completion_ids[:4]) == "a<s>b</s>"
+    assert "1 completions lost a BOS that stood behind the prompt" in str(report)
+    rows, _ = read(spoiled, form=form, split_special_tokens=True)
+    tokens, report = tokenize_rows(rows, tokenizer, **limits)
+    text = tokenizer.decode(tokens.completion_ids[: tokens.completion_offsets[1]])
+    assert (text, report.second_bos, report.not_read_back) == ("<s>a<s>b</s>", 0, 0)
+    assert tokens.completion_ids[: tokens.completion_offsets[1]].tolist().count(1) == 0
