@@ -106,19 +106,22 @@ class Columns:
         if not unknown:
             return
         known = list(_texts([fields[name] for name in read if name in fields]))
-        for name in unknown:
-            if not says_again(fields[name], known):
-                raise unread("column", [name], sorted({"system"} & (read - set(fields))))
-            self.not_read[f"{name} (says again what is read)"] += 1
+        new = [name for name in unknown if not says_again(fields[name], known)]
+        if new:
+            raise unread("column", new, sorted({"system"} & (read - set(fields))))
+        self.not_read.update(f"{name} (says again what is read)" for name in unknown)
 
     def check_keys(self, message: Mapping[str, Any], read: frozenset[str], place: str) -> None:
         """The same for the keys of a message."""
-        for name in message:
-            if name in read or name in self.ignored or is_empty(message[name]):
-                continue
-            if not is_about_the_row(str(name)):
-                raise unread("key", [name], [], place)
-            self.not_read[f"{name} (of messages)"] += 1
+        rest = [
+            name
+            for name in message
+            if not (name in read or name in self.ignored or is_empty(message[name]))
+        ]
+        new = [name for name in rest if not is_about_the_row(str(name))]
+        if new:
+            raise unread("key", new, [], place)
+        self.not_read.update(f"{name} (of messages)" for name in rest)
 
     def missing(self, seen_all: bool) -> list[str]:
         """Names in the configuration that no row has, with whose they are."""
@@ -129,15 +132,15 @@ class Columns:
 
 
 def unread(what: str, names: Sequence[Any], free: Sequence[str], place: str = "") -> BadRow:
-    """The error for a column or key that nobody reads."""
-    name = shown(names)
+    """The error for columns or keys that nobody reads."""
+    listed = shown(names, most=30)
     where = f" of {place}" if place else ""
-    mapping = f"map it (data.columns: {{{free[0]}: {name}}}), " if free else ""
-    rename = "rename it" if what == "column" else "rename the key"
+    mapping = f"map (data.columns: {{{free[0]}: {shown(names[:1])}}}), " if free else ""
+    said = f"a {what} that is not read" if len(names) == 1 else f"{what}s that are not read"
     return BadRow(
-        f"a {what} that is not read: {name}{where}",
-        "it might change what the model sees",
-        f"{rename}, {mapping}or leave it out by name (data.ignore_columns: [{name}])",
+        f"{said}: {listed}{where}",
+        "what stands there might change what the model sees",
+        f"rename, {mapping}or leave out by name (data.ignore_columns: [{listed}])",
     )
 
 

@@ -158,6 +158,16 @@ def test_a_column_that_nobody_reads_is_named_with_its_mend(extra):
     assert report.bad == {}
 
 
+def test_all_columns_that_nobody_reads_are_named_at_once():
+    extra = {"context": "Paris", "thinking": "hm", "margin": 2.0, "id": 3}
+    said = refused({**EXPLICIT, **extra}, "columns that are not read: context, thinking, margin")
+    assert "data.ignore_columns: [context, thinking, margin]" in said
+    message = {**A, "audio": "a", "image": "b"}
+    refused(
+        {"messages": [U, message]}, "keys that are not read: audio, image of messages.1.", "sft"
+    )
+
+
 def test_columns_about_the_row_are_said_once_by_name():
     about = {"id": 3, "prompt_id": "a1", "source": "web", "score_chosen": 7.5, "chosen-model": "x",
              "timestamp": 1, "chosen_rating": 5, "numTokens": 3, "lang": "en"}  # fmt: skip
