@@ -138,7 +138,7 @@ def unread(what: str, names: Sequence[Any], free: Sequence[str], place: str = ""
     mapping = f"map (data.columns: {{{free[0]}: {shown(names[:1])}}}), " if free else ""
     said = f"a {what} that is not read" if len(names) == 1 else f"{what}s that are not read"
     return BadRow(
-        f"{said}: {listed}{where}",
+        f"{said}: {shown(names)}{where}",
         "what stands there might change what the model sees",
         f"rename, {mapping}or leave out by name (data.ignore_columns: [{listed}])",
     )
