@@ -14,7 +14,7 @@ import numpy as np
 from spo_jax.data import encode_prompts
 from spo_jax.models.folders import read_object
 from spo_jax.parallel.processes import everywhere
-from spo_jax.policies.decoding import generate
+from spo_jax.policies.decoding import NOT_FINITE, generate
 from spo_jax.policies.limits import check_prompts
 from spo_jax.types import Params
 
@@ -114,10 +114,22 @@ def complete_batches(
             eos_ids=stops,
             keys=keys[np.asarray(padded)],
         )
-        found = zip(chosen, everywhere(drawn), strict=False)
+        rows_drawn = np.asarray(everywhere(drawn))[: len(chosen)]
+        _check_finite(rows_drawn)
+        found = zip(chosen, rows_drawn, strict=True)
         yield [(i, _read_completion(row.tolist(), stops, tokenizer)) for i, row in found]
         if progress is not None:
             progress(start + len(chosen), len(order))
+
+
+def _check_finite(rows: np.ndarray) -> None:
+    broken = int((rows == NOT_FINITE).any(axis=1).sum())
+    if broken:
+        raise ValueError(
+            f"the logits of {broken} of {len(rows)} prompts are not finite: the model's weights or "
+            "activations overflow, and nothing can be drawn. Compute in float32 "
+            "(--compute-dtype float32), or take an earlier checkpoint"
+        )
 
 
 def _right_aligned(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from spo_jax.models import Cache, Model, grow_cache
 from spo_jax.types import Params
 
+NOT_FINITE = -1
+"""The token of a row whose logits hold NaN or infinity: nothing is drawn from those."""
+
 
 def generate(
     model: Model,
@@ -34,7 +37,8 @@ def generate(
     rows are beside it; from the ``top_k`` likeliest tokens, of these from the fewest that
     hold ``top_p`` of their mass at that temperature (``truncate``). Stops when every row has
     its EOS. The cache grows in a few steps (``room_steps``), each compiled once a shape, so
-    that short completions do not attend to the room that long ones would need.
+    that short completions do not attend to the room that long ones would need. Where the logits
+    of a row are not finite its token is ``NOT_FINITE`` and it ends.
 
     Raises:
         ValueError: a setting out of its range, or one that the greedy choice would ignore.
@@ -139,17 +143,20 @@ class _Progress(NamedTuple):
 
 def _choose(head, hidden, step, draw: _Draw, top_k: int | None) -> Int[Array, "B"]:
     logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    # A NaN or an infinity comes through the largest; argmax alone would make a token of it.
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if draw.keys is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
     logits = truncate(logits / draw.temperature, top_k=top_k, top_p=draw.top_p)
     drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))
-    return drawn(draw.keys, logits).astype(jnp.int32)
+    return jnp.where(finite, drawn(draw.keys, logits), NOT_FINITE).astype(jnp.int32)
 
 
 def _put(progress: _Progress, chosen, cache: Cache, eos_ids, pad_id) -> _Progress:
     """Write down what was chosen for the rows that have no EOS yet."""
     token = jnp.where(progress.done, pad_id, chosen)
-    ended = jnp.any(token[:, None] == jnp.asarray(eos_ids, jnp.int32), axis=1)
+    ends = jnp.asarray([*eos_ids, NOT_FINITE], jnp.int32)
+    ended = jnp.any(token[:, None] == ends, axis=1)
     tokens = jax.lax.dynamic_update_slice_in_dim(
         progress.tokens, token[:, None], progress.step, axis=1
     )

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models import load_model, load_params
-from spo_jax.policies.decoding import generate, room_steps, truncate
+from spo_jax.models import init_model, load_model, load_params
+from spo_jax.policies.completions import complete
+from spo_jax.policies.decoding import NOT_FINITE, generate, room_steps, truncate
+from tests.data.tiny_data import make_char_tokenizer
 from tests.models.make_fixtures import transformers_model
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
-from tests.tiny import tiny_model, tiny_params
+from tests.tiny import ARCHITECTURE, tiny_model, tiny_params
 
 NEW = 9
 
@@ -274,3 +276,20 @@ def test_matrices_are_cast_once():
     }
     assert dtypes["embed"] == dtypes["layers/attention/q/kernel"] == jnp.bfloat16
     assert dtypes["final_norm/scale"] == dtypes["layers/mlp_norm/scale"] == jnp.float32
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature):
+    tokenizer = make_char_tokenizer()
+    model = init_model({**ARCHITECTURE, "vocab_size": len(tokenizer)})
+    params = model.init(jax.random.key(0))
+    settings = {"max_new_tokens": 3, "temperature": temperature}
+    assert len(complete(model, params, tokenizer, ["ab", "c"], **settings)) == 2
+    spoiled = jax.tree.map(lambda x: x.at[:].set(jnp.nan), params)
+    with pytest.raises(ValueError, match="the logits of 2 of 2 prompts are not finite"):
+        complete(model, spoiled, tokenizer, ["ab", "c"], **settings)
+    tokens, mask = jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4), bool)
+    keys = jax.random.split(jax.random.key(1), 2) if temperature else None
+    keys = None if keys is None else jax.random.key_data(keys)
+    found = generate(model, spoiled, tokens, mask, eos_ids=(2,), pad_id=7, keys=keys, **settings)
+    assert found.tolist() == [[NOT_FINITE, 7, 7]] * 2
