@@ -245,12 +245,13 @@ class Loop:
             self.checkpoints.wait()
         last = self.checkpoints.latest_step()
         section = "sft_optimizer" if self.name == "sft" else "outer"
-        saved = "Nothing was saved before" if last is None else f"Step {last} is saved before it"
+        saved = "Nothing was saved before: start again with"
+        if last is not None:
+            saved = f"Step {last} is saved before it: go on from there with --resume and"
         raise Diverged(
             f"{self.name}: what the optimizer made of update {step} is not finite, though its "
-            f"loss and gradient are: the weights in memory are spoiled and are not saved. {saved}: "
-            f"go on from there with --resume and other {section}.options, or a smaller "
-            "learning rate"
+            f"loss and gradient are: the weights in memory are spoiled and are not saved. {saved} "
+            f"other {section}.options, or a smaller learning rate"
         )
 
     def _tell_skipped(

@@ -202,11 +202,17 @@ def written(folder: Path, lines: Lines, flags: dict[str, bool]) -> Path:
 # What has to hold
 
 
+CHATS = {name: make_chat_format(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+
+
+def chat_of(tokenizer: Any):
+    """Its chat format, found out once."""
+    return next(CHATS[name] for name, known in TOKENIZERS.items() if known is tokenizer)
+
+
 def read(path: Path, kind: str, tokenizer: Any, **options: Any):
     """The way of every command: records, rows of text, rows of tokens."""
-    rows, report = format_rows(
-        load_records(path), make_chat_format(tokenizer), kind=kind, **options
-    )
+    rows, report = format_rows(load_records(path), chat_of(tokenizer), kind=kind, **options)
     tokens, _ = tokenize_rows(rows, tokenizer, max_prompt_length=64, max_completion_length=48)
     check_read_back(rows, tokenizer)
     return rows, report, tokens
@@ -327,7 +333,7 @@ def check_good_rows_are_kept(rows: Any, kind: str, lines: Lines, tokenizer: Any)
         if well:
             alone = Record("alone.jsonl", 1, json.loads(line))
             try:
-                expected, _ = format_rows([alone], make_chat_format(tokenizer), kind=kind)
+                expected, _ = format_rows([alone], chat_of(tokenizer), kind=kind)
             except RowError:  # this template refuses a system turn, say
                 assert record not in at
             else:

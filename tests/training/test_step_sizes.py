@@ -136,8 +136,9 @@ def test_a_run_in_every_dtype_is_evaluated_as_its_weights_in_32(tmp_path, dtype,
 @pytest.mark.slow
 def test_updates_that_are_all_skipped_are_no_success(tmp_path, capsys):
     """Fewer than max_skipped: the run got to its end with the policy it began with, and exit 0."""
-    overflow = {"name": "sgd", "learning_rate": 1e38, "max_grad_norm": None}
-    status, folder = run(tmp_path, outer=overflow, train={"steps": 3, "save_every": None})
+    # The gradient overflows, the loss at the reference does not.
+    overflow = ("--loss", "{name: dpo, beta: 1e38}")
+    status, folder = run(tmp_path, *overflow, train={"steps": 3, "save_every": None})
     shown = capsys.readouterr().err
     assert status == 2
     for said in ("none of the 3 updates was applied", "train.max_skipped", "skipped.jsonl"):
@@ -147,8 +148,20 @@ def test_updates_that_are_all_skipped_are_no_success(tmp_path, capsys):
     # What is saved is the policy it began with; going on does not make it a success.
     assert CheckpointReader(folder).steps() == [3]
     path = folder.parent / "config.yaml"
-    assert main(["train", str(path), "--output-dir", str(folder), "--resume"]) == 2
+    again = ["train", str(path), "--output-dir", str(folder), "--resume", *overflow]
+    assert main(again) == 2
     assert "none of the 3 updates was applied" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_that_overflows_is_no_success(tmp_path, capsys):
+    overflow = {"name": "sgd", "learning_rate": 1e38, "max_grad_norm": None}
+    status, folder = run(tmp_path, outer=overflow, train={"steps": 3, "save_every": 1})
+    shown = capsys.readouterr().err
+    assert status == 2
+    assert "what the optimizer made of update 1 is not finite" in shown
+    assert "Nothing was saved before: start again with other outer.options" in shown
+    assert not CheckpointReader(folder).steps()
 
 
 @pytest.mark.slow
