@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.data import encode_prompts, load_tokenizer, tokenize_rows
+from spo_jax.data import TextRows, encode_prompts, load_tokenizer, tokenize_rows
 from spo_jax.types import PreferenceRow, SFTRow
 from tests.data.tiny_data import CHATML, ids, make_char_tokenizer, make_marked_tokenizer
 
@@ -237,3 +237,29 @@ def test_load_tokenizer(tmp_path):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         load_tokenizer(tmp_path / "missing")
+
+
+def test_pairs_that_are_equal_once_cut_are_dropped_and_counted(char_tokenizer):
+    rows = [PreferenceRow("p", "abcd", "abce"), PreferenceRow("p", "xbcd", "abce")]
+    found, report = tokenize_rows(
+        rows, char_tokenizer, max_prompt_length=5, max_completion_length=3
+    )
+    assert (len(found), found.source_rows.tolist(), report.dropped_equal) == (1, [1], 1)
+    assert "1 rows dropped whose completions are equal once cut" in str(report)
+    with pytest.raises(ValueError, match="1 whose completions are equal once cut"):
+        tokenize(rows[0], char_tokenizer, completion=3)
+    assert tokenize(rows[0], char_tokenizer, completion=4)[1].dropped_equal == 0
+
+
+def test_texts_that_do_not_read_back_are_counted_with_an_example(char_tokenizer):
+    _, report = tokenize(PreferenceRow("caf\u00e9", "b", "c\u00e9"), char_tokenizer)
+    assert report.not_read_back == 2
+    assert "WARNING 2 texts do not read back" in str(report)
+    assert "'caf\u00e9' reads back as 'caf<unk>'" in str(report)
+    assert tokenize(PreferenceRow("cafe", "b", "c"), char_tokenizer)[1].not_read_back == 0
+
+
+def test_a_turn_end_of_the_rows_is_an_end(char_tokenizer):
+    rows = TextRows((PreferenceRow("a", "b<|im_end|>\n", "c"),), (0,), "<|im_end|>")
+    found, _ = tokenize_rows(rows, char_tokenizer, max_prompt_length=9, max_completion_length=9)
+    assert lists(found)[0][1] == [[*ids("b"), IM_END], [*ids("c"), EOS]]
