@@ -90,7 +90,7 @@ def every_two():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "inner_data", "loss"), every_two())
+@pytest.mark.parametrize(("name", "inner_data", "loss"), list(every_two()))
 def test_any_loss_works_with_any_solver(loss, name, inner_data):
     """Two steps: finite, the policy moves, and the metrics of both levels are there."""
     init, step = make_step(name, loss, inner_data)
