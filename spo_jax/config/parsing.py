@@ -285,13 +285,17 @@ def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str
 def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ from those a run was saved with: ``{"a.b": (old, new)}``."""
     now, before = _flat(config_to_dict(config)), _flat(saved)
-    return {k: (before[k], now.get(k)) for k in before if before[k] != now.get(k)}
+    # A mapping that was empty has no keys of its own to compare.
+    empty = tuple(f"{key}." for key, value in before.items() if value == {})
+    keys = [k for k in (*before, *now) if k in before or k.startswith(empty)]
+    found = {k: (before.get(k), now.get(k)) for k in keys}
+    return {k: (old, new) for k, (old, new) in found.items() if old != new and old != {}}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value

@@ -50,9 +50,7 @@ class ChatFormat(NamedTuple):
 
     def mentions(self, name: str) -> bool:
         """Whether the template reads a variable or key of that name."""
-        return self.template is not None and bool(
-            re.search(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])", self.template)
-        )
+        return self.template is not None and _mentions(self.template, name)
 
     def opened(self, messages: Sequence[Message], **variables: Any) -> str:
         """The dialogue up to where the assistant begins to speak."""
@@ -75,13 +73,13 @@ class ChatFormat(NamedTuple):
 
 
 def make_chat_format(
-    tokenizer: Any, *, template: str | None = None, date: datetime.date | None = None
+    tokenizer: Any, *, template: str | None = None, date: str | None = None
 ) -> ChatFormat:
     """The tokenizer's chat template, ``template`` instead of it, or the plain format.
 
     ``template`` is Jinja text or the path of a file with it. A tokenizer without a template
-    gets ``render_plain``. ``date`` is what a template is told that asks for today's
-    (``strftime_now``); a run keeps the one it began with.
+    gets ``render_plain``. ``date`` (YYYY-MM-DD) is what a template is told that
+    asks for today's (``strftime_now``); a run keeps the one it began with.
 
     Raises ``FileNotFoundError`` for a template that is neither.
     """
@@ -91,7 +89,8 @@ def make_chat_format(
     if text is None:
         return ChatFormat(render_plain, tokenizer.eos_token, control=control)
     if date is not None and _TODAY.search(text):
-        given = text = _TODAY.sub(lambda found: repr(date.strftime(found[2])), text)
+        day = datetime.date.fromisoformat(date)
+        given = text = _TODAY.sub(lambda found: repr(day.strftime(found[2])), text)
     rename = {"reasoning_content": next((k for k in REASONING_KEYS if _mentions(text, k)), None)}
 
     direct = _direct(tokenizer, text)
@@ -120,7 +119,7 @@ def make_chat_format(
 def _direct(tokenizer: Any, text: str) -> Callable[[Sequence[Message], bool], str] | None:
     """The template without what ``apply_chat_template`` does around it, for roles and contents.
 
-    That takes twice as long as the template itself. ``None`` where this version of transformers
+    ``None`` where this version of transformers
     keeps the template elsewhere, or where the two differ.
     """
     asked = [{"role": "user", "content": _QUESTION}]
@@ -151,7 +150,7 @@ def _direct(tokenizer: Any, text: str) -> Callable[[Sequence[Message], bool], st
 
 
 def _mentions(text: str, name: str) -> bool:
-    return ChatFormat(render_plain, None, text).mentions(name)
+    return bool(re.search(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])", text))
 
 
 def _own_template(tokenizer: Any) -> str | None:

@@ -108,11 +108,12 @@ class Columns:
         known = list(_texts([fields[name] for name in read if name in fields]))
         new = [name for name in unknown if not says_again(fields[name], known)]
         if new:
-            raise unread("column", new, sorted({"system"} & (read - set(fields))))
+            raise unread("column", new)
         self.not_read.update(f"{name} (says again what is read)" for name in unknown)
 
     def check_keys(self, message: Mapping[str, Any], read: frozenset[str], place: str) -> None:
         """The same for the keys of a message."""
+        self.seen.update(message)
         rest = [
             name
             for name in message
@@ -120,22 +121,19 @@ class Columns:
         ]
         new = [name for name in rest if not is_about_the_row(str(name))]
         if new:
-            raise unread("key", new, [], place)
+            raise unread("key", new, place)
         self.not_read.update(f"{name} (of messages)" for name in rest)
 
-    def missing(self, seen_all: bool) -> list[str]:
-        """Names in the configuration that no row has, with whose they are."""
-        if not seen_all:
-            return []
-        absent = [f"data.columns: {n}" for n in self.mapping.values() if n not in self.seen]
-        return absent
+    def unused(self) -> list[str]:
+        """Names to leave out that no row or message had."""
+        return sorted(self.ignored - self.seen)
 
 
-def unread(what: str, names: Sequence[Any], free: Sequence[str], place: str = "") -> BadRow:
+def unread(what: str, names: Sequence[Any], place: str = "") -> BadRow:
     """The error for columns or keys that nobody reads."""
     listed = shown(names, most=30)
     where = f" of {place}" if place else ""
-    mapping = f"map (data.columns: {{{free[0]}: {shown(names[:1])}}}), " if free else ""
+    mapping = "map to one that is read (data.columns), " if what == "column" else ""
     said = f"a {what} that is not read" if len(names) == 1 else f"{what}s that are not read"
     return BadRow(
         f"{said}: {shown(names)}{where}",
@@ -165,7 +163,12 @@ _ROLES = frozenset(["system", "developer", "user", "human", "assistant", "gpt", 
 
 
 def _texts(value: Any) -> Iterator[str]:
-    return (leaf.strip() for leaf in _leaves(value) if isinstance(leaf, str) and leaf not in _ROLES)
+    return (text.strip() for text in texts_in(value) if text not in _ROLES)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text inside lists and mappings, whatever their keys."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, str))
 
 
 def _leaves(value: Any) -> Iterable[Any]:

@@ -38,10 +38,14 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """A data set as a re-iterable stream of ``Record``; nothing is held in memory."""
+    """A data set as a re-iterable stream of ``Record``; nothing is held in memory.
+
+    ``notes`` say which files of a folder were taken, and which were left out.
+    """
 
     name: str
     sources: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
         for source in self.sources:
@@ -54,11 +58,7 @@ class Records:
 
 
 def load_records(
-    path_or_name: str | Path,
-    *,
-    split: str = "train",
-    subset: str | None = None,
-    quiet: bool = False,
+    path_or_name: str | Path, *, split: str = "train", subset: str | None = None
 ) -> Records:
     """Open a local JSON, JSON Lines (also ``.gz``) or Parquet file, a folder, or a hub data set.
 
@@ -75,7 +75,7 @@ def load_records(
             raise ValueError(f"{path}: unknown kind of file; expected {', '.join(DATA_SUFFIXES)}")
         return Records(str(path), (path,))
     if path.is_dir():
-        return Records(str(path), _folder_sources(path, split, quiet=quiet))
+        return _folder_records(path, split)
     if _looks_local(text, path):
         raise FileNotFoundError(_missing_message(path))
     return Records(text, (_load_hub(text, split, subset),))
@@ -95,40 +95,47 @@ def _missing_message(path: Path) -> str:
     return f"no such file or folder: {path}{hint}"
 
 
-def _folder_sources(folder: Path, split: str, *, quiet: bool) -> tuple[Any, ...]:
+def _folder_records(folder: Path, split: str) -> Records:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
 
         saved = load_from_disk(str(folder))
         if not isinstance(saved, DatasetDict):
-            return (saved,)
+            return Records(str(folder), (saved,))
         if split not in saved:
             raise FileNotFoundError(f"{folder} has no split {split!r}; it has {sorted(saved)}")
-        return (saved[split],)
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and p.name.endswith(DATA_SUFFIXES) and not _hidden(p, folder)
-    )
+        return Records(str(folder), (saved[split],))
+    there = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
+    files = [p for p in there if p.name.endswith(DATA_SUFFIXES)]
     if not files:
         raise FileNotFoundError(f"{folder} holds no data file ({', '.join(DATA_SUFFIXES)})")
-    return tuple(_of_split(folder, files, split, quiet=quiet))
+    chosen, notes = _of_split(folder, files, split)
+    aside = [p for p in there if p not in files and not p.name.startswith(_OF_NO_DATA)]
+    if aside:
+        names = shown([p.relative_to(folder).as_posix() for p in aside])
+        notes = (*notes, f"files of no kind that is read: {names}")
+    return Records(str(folder), tuple(chosen), notes)
 
 
-def _of_split(folder: Path, files: Sequence[Path], split: str, *, quiet: bool) -> Sequence[Path]:
-    """The files of a split: those that it names whole, else the one kind that it begins.
+_OF_NO_DATA = ("README", "LICENSE", "NOTICE", "CITATION")
+
+
+def _of_split(
+    folder: Path, files: Sequence[Path], split: str
+) -> tuple[Sequence[Path], tuple[str, ...]]:
+    """The files of a split, and what to say of it.
+
+    They are those that it names whole, else the one kind that it begins.
 
     A file's split is what stands in its name without the number of a shard (``train`` of
     ``train-00000-of-00002.parquet``), or a folder on the way to it.
     """
     labels = {file: _labels(file.relative_to(folder)) for file in files}
     whole = [file for file in files if split in labels[file]]
-    if whole:
-        others = sorted({_stem(f.name) for f in files if f not in whole and _begins(f, split)})
-        if others and not quiet:
-            say(f"{folder}: split {split} is read; not read: {shown(others)}")
-        return whole
     begun = [file for file in files if _begins(file.relative_to(folder), split)]
+    if whole:
+        others = sorted({_stem(file.name) for file in begun if file not in whole})
+        return whole, (f"split {split}; not read: {shown(others)}",) if others else ()
     kinds = sorted({_stem(file.name) for file in begun})
     if len(kinds) > 1:
         raise FileNotFoundError(
@@ -136,13 +143,11 @@ def _of_split(folder: Path, files: Sequence[Path], split: str, *, quiet: bool) -
             "(data.train_split, data.eval_split, --split)"
         )
     if begun:
-        if not quiet:
-            say(f"{folder}: split {split} is read from {kinds[0]}")
-        return begun
+        return begun, (f"split {split} is read from {kinds[0]}",)
     if any(_begins(f.relative_to(folder), word) for f in files for word in _SPLIT_WORDS):
         names = ", ".join(str(p.relative_to(folder)) for p in files[:8])
         raise FileNotFoundError(f"{folder} has no file for split {split!r}; it has {names}")
-    return files
+    return files, ()
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -251,7 +256,7 @@ def _is_array(stream: io.BufferedIOBase) -> bool:
 
 def _array_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
     try:
-        values = json.loads(stream.read().decode("utf-8-sig"))
+        values = json.loads(stream.read().decode("utf-8-sig"), object_pairs_hook=_each_once)
     except ValueError as error:
         raise ValueError(f"{path}: not a whole JSON array: {error}") from error
     except RecursionError:
@@ -268,7 +273,7 @@ def _line_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line.decode("utf-8"))
+            value = json.loads(line.decode("utf-8"), object_pairs_hook=_each_once)
         except UnicodeDecodeError as error:
             yield Record(str(path), row, None, "not UTF-8", f"byte {error.start} of the line")
         except ValueError as error:
@@ -277,6 +282,15 @@ def _line_records(path: Path, stream: io.BufferedIOBase) -> Iterator[Record]:
             yield Record(str(path), row, None, "broken JSON", "nested too deeply")
         else:
             yield _json_record(path, row, value)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands there twice one value would be dropped."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return found
 
 
 def _json_record(path: Path, row: int, value: Any) -> Record:

@@ -132,7 +132,7 @@ def format_rows(
                 examples.append(f"{record.file}:{record.row}: {row}")
         if max_rows is not None and len(rows) >= max_rows:
             break
-    said = tuple(reader.lines())
+    said = (*getattr(records, "notes", ()), *reader.lines())
     report = FormatReport(layout, read, len(rows), dict(bad.most_common()), tuple(examples), said)
     if not rows:
         raise ValueError(f"no row can be used: {report}")

@@ -289,7 +289,7 @@ def asked_in_words(row: Row, reader: Reader) -> Messages:
         if extra == name or is_empty(row.get(extra)):
             continue
         if name != "instruction":
-            raise unread("column", [extra], [])
+            raise unread("column", [extra])
         text = f"{text}\n\n{read_text(row[extra], extra)}"
     return [*_history(row), *_user(text)]
 

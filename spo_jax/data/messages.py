@@ -225,6 +225,11 @@ def _tool_call(call: Any, place: str, field: str) -> dict[str, Any]:
     return {"type": "function", **others, "function": found}
 
 
+def is_scored(message: Message) -> bool:
+    """Whether an assistant's turn may be scored."""
+    return message.get("trained", True)
+
+
 def json_value(value: Any, place: str) -> Any:
     """A value, or what its JSON text says. Raises ``BadRow`` for text that is no JSON."""
     if not isinstance(value, str) or not value.strip():

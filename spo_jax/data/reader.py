@@ -11,6 +11,7 @@ from spo_jax.data.chat import ChatFormat
 from spo_jax.data.columns import Columns, is_empty
 from spo_jax.data.messages import (
     Message,
+    is_scored,
     json_value,
     kind_of,
     no_mark,
@@ -100,7 +101,7 @@ class Reader:
                 raise not_assistant_alone(name, foreign)
             if is_blank(turns[-1]):
                 raise BadRow(f"empty {name}")
-            if any(not m.get("trained", True) for m in turns):
+            if not all(map(is_scored, turns)):
                 raise BadRow(
                     f"'{name}' is not to be trained on",
                     "an answer of a pair is scored whole",
@@ -110,7 +111,7 @@ class Reader:
             raise BadRow("chosen equals rejected")
         asked = self.with_system(row, asked)
         cut = split_completions(self.chat, asked, (chosen, rejected), self.variables(row))
-        self._count(cut)
+        self._count(cut, [*asked, *chosen, *rejected])
         (left, _), (right, _) = cut.pieces
         return PreferenceRow(cut.prompt, left, right)
 
@@ -121,7 +122,7 @@ class Reader:
         turns = [m for m in messages[first_scored:] if m["role"] == "assistant"]
         if not turns:
             raise BadRow("no assistant turn")
-        scored = [m for m in turns if m.get("trained", True)]
+        scored = [m for m in turns if is_scored(m)]
         self.said["turns not scored: weight, train or trainable say so"] += len(turns) - len(scored)
         if not scored:
             raise BadRow("no assistant turn is to be trained on", "weight, train or trainable")
@@ -136,7 +137,7 @@ class Reader:
         )
         last = max(i for i, m in enumerate(whole) if m["role"] == "assistant" and is_scored(m))
         self.said["messages behind the last scored turn left out"] += len(whole) - 1 - last
-        self._count(cut)
+        self._count(cut, whole[: last + 1])
         return SFTRow(cut.prompt, cut.pieces)
 
     def prompt(self, row: Mapping[str, Any], messages: Sequence[Message]) -> str:
@@ -154,14 +155,22 @@ class Reader:
         self.control.update(set(self.chat.control.findall(text)))
         return text
 
-    def _count(self, cut: Cut) -> None:
+    def _count(self, cut: Cut, messages: Sequence[Message]) -> None:
         self.said["earlier turns whose reasoning the chat template leaves out"] += cut.left_out
+        for key in ("name", "tool_call_id"):
+            named = [m[key] for m in messages if key in m]
+            if named:
+                text = cut.prompt + "".join(piece for piece, _ in cut.pieces)
+                left_out = sum(name not in text for name in named)
+                self.said[f"turns whose {key} the chat template leaves out"] += left_out
 
     def lines(self) -> list[str]:
         """What was counted, in words."""
         found = [f"{n} {what}" for what, n in self.said.items() if n]
         if self.columns.not_read:
-            found.append(f"not read: {shown(sorted(self.columns.not_read))}")
+            found.append(f"not read: {shown(sorted(self.columns.not_read), most=30)}")
+        if self.columns.unused():
+            found.append(f"ignore_columns that no row has: {shown(self.columns.unused())}")
         if self.plain_texts and self.chat.template is not None and not self.control:
             found.append(
                 "plain text is taken as it stands, without the chat template (what users ask goes "
@@ -173,11 +182,6 @@ class Reader:
                 "set split_special_tokens to take them as text"
             )
         return found
-
-
-def is_scored(message: Message) -> bool:
-    """Whether a turn may be scored."""
-    return message.get("trained", True)
 
 
 def is_blank(message: Message) -> bool:

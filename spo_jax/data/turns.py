@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from spo_jax.data.badrow import BadRow
 from spo_jax.data.chat import ChatFormat
-from spo_jax.data.messages import Message
-from spo_jax.data.written import check_prompt, check_turn, lost_reasoning
+from spo_jax.data.messages import Message, is_scored
+from spo_jax.data.written import check_answer, check_prompt, check_turn, lost_reasoning
 
 _OTHER = "Qzxother"
 
@@ -54,10 +54,7 @@ def split_completions(
             scored = _behind(before, whole)
         except _NotGrowing as problem:
             scored = _found_in(chat, whole, prompt, turns, variables, problem)
-        if len(turns) == 1:
-            check_turn(chat, turns[0], scored)
-        else:
-            check_prompt(chat, turns, {}, scored)
+        check_answer(chat, turns, scored)
         pieces.append((scored, True))
     return Cut(before, tuple(pieces), left_out)
 
@@ -100,7 +97,7 @@ def split_dialogue(
     at = [
         i
         for i, message in enumerate(messages)
-        if message["role"] == "assistant" and i >= first_scored and message.get("trained", True)
+        if message["role"] == "assistant" and i >= first_scored and is_scored(message)
     ]
     try:
         found = _grow(chat, messages, at, variables)

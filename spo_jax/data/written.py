@@ -9,6 +9,7 @@ from typing import Any
 
 from spo_jax.data.badrow import BadRow, shown
 from spo_jax.data.chat import ChatFormat
+from spo_jax.data.columns import texts_in
 from spo_jax.data.messages import Message
 
 _THINK = re.compile(r"</?think(?:ing)?>")
@@ -42,6 +43,14 @@ def check_prompt(
                 raise _missing(what, message, number, part)
             left_out += 1
     return left_out
+
+
+def check_answer(chat: ChatFormat, turns: Sequence[Message], text: str) -> None:
+    """As ``check_turn``, for an answer that may be of several turns, each with its end."""
+    if len(turns) == 1:
+        check_turn(chat, turns[0], text)
+    elif check_prompt(chat, turns, {}, text):
+        raise BadRow("reasoning of an assistant turn is not written", "in the answer", _MEND)
 
 
 def check_turn(chat: ChatFormat, message: Message, text: str) -> None:
@@ -89,19 +98,8 @@ def _said(message: Message) -> Iterator[tuple[str, str]]:
         yield "content", content
     for call in message.get("tool_calls", ()):
         yield "tool_calls", call["function"]["name"]
-        for part in _texts(call["function"]["arguments"]):
+        for part in texts_in(call["function"]["arguments"]):
             yield "tool_calls", part
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inside in value.values():
-            yield from _texts(inside)
-    elif isinstance(value, list | tuple):
-        for inside in value:
-            yield from _texts(inside)
 
 
 def _find(text: str, part: str, start: int) -> int:
@@ -123,9 +121,11 @@ def _find(text: str, part: str, start: int) -> int:
 def _check_variables(chat: ChatFormat, variables: Mapping[str, Any], text: str) -> None:
     for tool in variables.get("tools") or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str) or name not in text:
-            raise BadRow("tools are not in the prompt", shown([name]), _no_template(chat))
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow("wrong type in 'tools'", f"{shown([tool])}: expected a function's name")
+        for part in _said_of(function):
+            if _find(text, part, 0) < 0:
+                raise BadRow("tools are not in the prompt", shown([part]), _no_template(chat))
     for name in variables:
         if name != "tools" and not chat.mentions(name):
             raise BadRow(
@@ -133,6 +133,15 @@ def _check_variables(chat: ChatFormat, variables: Mapping[str, Any], text: str) 
                 "the chat template has no variable of that name",
                 "take it out, or " + _no_template(chat),
             )
+
+
+def _said_of(function: Mapping[str, Any]) -> Iterator[str]:
+    """What a prompt has to say of a tool: its name, what it is for, and its parameters' names."""
+    yield function["name"]
+    yield from texts_in(function.get("description"))
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    yield from map(str, properties if isinstance(properties, Mapping) else ())
 
 
 def _missing(what: str, message: Message, number: int | None, part: str) -> BadRow:

@@ -105,7 +105,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     mend = "download or export the folder again"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=keys_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error}): {mend}") from None
     except OSError as error:
@@ -116,7 +116,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ``ValueError`` for a key that stands twice and says two things."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:

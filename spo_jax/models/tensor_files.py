@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from spo_jax.models.folders import read_object
+from spo_jax.models.folders import keys_once, read_object
 
 _FLOATS = {
     "F64": np.dtype(np.float64),
@@ -119,7 +119,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if 8 + length > size:
             raise _broken(file, "it ends too early")
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
+            header = json.loads(stream.read(length), object_pairs_hook=keys_once)
         except (ValueError, RecursionError) as error:
             raise _broken(file, str(error)) from None
     if not isinstance(header, dict):
@@ -138,15 +138,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if end != size:
         raise _broken(file, f"it has {size} bytes, and its header describes {end}")
     return {name: tensor for name, (tensor, _) in found.items()}
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in its header")
-    return found
 
 
 def _read_entry(file: Path, name: str, entry: Any, start: int) -> tuple[StoredTensor, int]:

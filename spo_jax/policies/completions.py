@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.data import encode_prompts
-from spo_jax.models.folders import read_object
 from spo_jax.parallel.processes import everywhere
 from spo_jax.policies.decoding import NOT_FINITE, generate
+from spo_jax.policies.folder_news import named_eos
 from spo_jax.policies.limits import check_prompts
 from spo_jax.types import Params
 
@@ -37,16 +37,7 @@ def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
     config.json; and the tokenizer's EOS. Raises ``ValueError`` where it is neither, or where
     nothing names an EOS.
     """
-    found: set[int] = set()
-    for file in (Path(folder) / name for name in ("generation_config.json", "config.json")):
-        named = read_object(file).get("eos_token_id") if file.is_file() else None
-        if named is None:
-            continue
-        ids = named if isinstance(named, list) else [named]
-        if not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f"{file}: eos_token_id={named!r}: expected an id or a list of ids")
-        found = set(ids)
-        break
+    found = set(named_eos(Path(folder))[1])
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     if not found:

@@ -29,17 +29,29 @@ def check_json_files(folder: Path, *, large: bool = False) -> None:
 
 def check_stop_ids(folder: Path, vocab_size: int) -> None:
     """Raise ``ValueError`` for an EOS of the model, as ``stop_ids`` finds it, without a logit."""
-    for file in (folder / name for name in ("generation_config.json", "config.json")):
+    file, ids = named_eos(folder)
+    if any(i >= vocab_size for i in ids):
+        raise ValueError(
+            f"{file}: eos_token_id={ids} is outside of the model's vocabulary of "
+            f"{vocab_size}: nothing would end there; take the model's own file"
+        )
+
+
+def named_eos(folder: Path) -> tuple[Path, list[int]]:
+    """The EOS ids that a model folder names, and the file that does.
+
+    That is generation_config.json, or where it has none config.json. Raises ``ValueError`` for
+    what is no id and no list of ids.
+    """
+    for file in (folder / "generation_config.json", folder / "config.json"):
         named = read_object(file).get("eos_token_id") if file.is_file() else None
         if named is None:
             continue
         ids = named if isinstance(named, list) else [named]
-        if any(type(i) is int and i >= vocab_size for i in ids):
-            raise ValueError(
-                f"{file}: eos_token_id={named!r} is outside of the model's vocabulary of "
-                f"{vocab_size}: nothing would end there; take the model's own file"
-            )
-        return
+        if not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"{file}: eos_token_id={named!r}: expected an id or a list of ids")
+        return file, ids
+    return folder, []
 
 
 def folder_news(folder: Path, tokenizer: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from typing import Any, NamedTuple
 
 from spo_jax.config.schema import DataConfig, TaskConfig
@@ -54,10 +53,9 @@ def read_rows(
 
     ``date`` is what chat templates are told (``None``: today).
     """
-    day = None if date is None else datetime.date.fromisoformat(date)
     rows, report = format_rows(
         load_records(data.train, split=data.train_split, subset=data.subset),
-        make_chat_format(tokenizer, template=data.chat_template, date=day),
+        make_chat_format(tokenizer, template=data.chat_template, date=date),
         kind=kind,
         on_bad_row=data.on_bad_row,
         max_rows=data.max_rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from spo_jax.data import Record, RowError, load_records, make_chat_format
 from spo_jax.data.badrow import BadRow
 from spo_jax.data.chat import ChatFormat, render_plain
 from spo_jax.data.columns import Columns
-from spo_jax.data.layouts import ANSWERS, LAYOUTS, Layout, asked_in_words
+from spo_jax.data.layouts import ANSWERS, LAYOUTS, QUESTIONS, Layout, asked_in_words
 from spo_jax.data.messages import from_json_text, read_text
 from spo_jax.data.pieces import without_marks
 from spo_jax.data.reader import VARIABLES, Reader
@@ -38,7 +37,7 @@ REPETITIVE = 0.5
 """An output is repetitive from this share of 4-grams that occurred in it before."""
 
 _SAY_EVERY = 5.0
-_ASKED = ("instruction", "prompt", "question")
+_ASKED = (QUESTIONS[0], "prompt", *QUESTIONS[1:])
 
 
 class Prompt(NamedTuple):
@@ -70,6 +69,7 @@ def read_prompt(row: Mapping[str, Any], reader: Reader, *, templated: bool) -> P
     beside = {"input", "context", "history"} if name == "instruction" else set()
     read = frozenset([name, "system", *VARIABLES, "dataset", *beside, *ANSWERS])
     reader.columns.check(row, read)
+    reader.columns.not_read.update(answer for answer in ANSWERS if answer in row)
     value = from_json_text(row[name], name)
     if not isinstance(value, str) and name == "prompt":
         messages = reader.messages(value, name)
@@ -126,13 +126,14 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of all rows. Raises ``RowError`` at a bad one, ``ValueError`` without rows."""
     found: list[Prompt] = []
-    for record in load_records(data, split=split):
+    records = load_records(data, split=split)
+    for record in records:
         if max_rows is not None and len(found) >= max_rows:
             break
         found.append(_record_prompt(record, reader, templated))
     if not found:
         raise ValueError(f"{data}: no row to generate for (max_rows={max_rows})")
-    for line in reader.lines():
+    for line in (*records.notes, *reader.lines()):
         say(f"{data}: {line}")
     return found
 
@@ -282,12 +283,7 @@ def generate_outputs(
         section = as_trained(model, compute_dtype)
         policy = load_policy(section, make_mesh(), seed=0, work=Path(work))
         longest = _prompt_room(policy, max_new_tokens, max_prompt_length)
-        day = date_of_run(model)
-        chat = make_chat_format(
-            policy.tokenizer,
-            template=chat_template,
-            date=None if day is None else datetime.date.fromisoformat(day),
-        )
+        chat = make_chat_format(policy.tokenizer, template=chat_template, date=date_of_run(model))
         templated = bool(chat_template or getattr(policy.tokenizer, "chat_template", None))
         if not templated:
             say("no chat template: instructions are used as plain prompts (see --chat-template)")

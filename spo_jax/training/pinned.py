@@ -44,7 +44,6 @@ def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes:
             name: _template(name, value, saved, keep=not allow_changes)
             for name, value in given.items()
         }
-        texts["answers"] = texts["answers"] or _of_answers(config, texts)
         today = datetime.date.today().isoformat()
         return {"date": config.date or saved.get("date") or today, "texts": texts}
 
@@ -54,7 +53,13 @@ def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes:
         for name, text in pinned["texts"].items()
         if text != getattr(config, name).chat_template
     }
-    return dataclasses.replace(config, date=pinned["date"], **sections)
+    config = dataclasses.replace(config, date=pinned["date"], **sections)
+    answers = config.answers
+    if answers.data in (None, BUILTIN_TASK) or answers.chat_template is not None:
+        return config
+    # Problems are asked in the template that the run was trained with.
+    answers = dataclasses.replace(answers, chat_template=trained_template(config))
+    return dataclasses.replace(config, answers=answers)
 
 
 def _template(name: str, value: str | None, saved: Mapping[str, Any], *, keep: bool) -> str | None:
@@ -74,18 +79,9 @@ def _template(name: str, value: str | None, saved: Mapping[str, Any], *, keep: b
     return template_text(value)
 
 
-def _of_answers(config: Config, texts: Mapping[str, str | None]) -> str | None:
-    """Problems are asked in the template that the run was trained with."""
-    if config.answers.data in (None, BUILTIN_TASK):
-        return None
-    return trained_template(config, texts)
-
-
-def trained_template(config: Config, texts: Mapping[str, str | None] | None = None) -> str | None:
+def trained_template(config: Config) -> str | None:
     """The template given for the rows that the run ends with: pairs, or else SFT rows."""
-    pairs = set(config.stages) - {"sft"}
-    name = "data" if pairs else "sft_data"
-    return texts[name] if texts is not None else getattr(config, name).chat_template
+    return stage_template(config, "preference" if set(config.stages) - {"sft"} else "sft")
 
 
 def stage_template(config: Config, name: str) -> str | None:
@@ -128,17 +124,22 @@ def _inputs(config: Config, name: str) -> dict[str, dict[str, str]]:
             local = None if path in (None, BUILTIN_TASK) else Path(path).expanduser()
             if local is None or not local.exists():
                 continue
-            records = load_records(local, split=split, subset=data.subset, quiet=True)
+            records = load_records(local, split=split, subset=data.subset)
             # By their place below what was named: a data set that was moved is the same.
             root = local if local.is_dir() else local.parent
             found[f"{section}.{key}"] = {
-                source.relative_to(root).as_posix(): _checksum(source)
-                for source in records.sources
-                if isinstance(source, Path)
+                _place(source, root): _checksum(source) for source in records.sources
             }
     return found
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
+def _place(source: Any, root: Path) -> str:
+    return source.relative_to(root).as_posix() if isinstance(source, Path) else root.name
+
+
+def _checksum(source: Any) -> str:
+    """Of a file, or of a table that ``datasets`` saved."""
+    if not isinstance(source, Path):
+        return source._fingerprint
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -26,7 +26,7 @@ def make_train_step(
     bound (``_unbounded``), the update is not applied: parameters, optimizers, multipliers and
     statistics stay, bit for bit, ``skipped`` is 1, and only the step's number and its key go on.
     The norm of the step itself is a metric for the loop to look at: to wait for it would keep the
-    step in memory beside the state, 5 bytes a weight.
+    step in memory beside the state.
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):

@@ -60,3 +60,14 @@ def test_every_binding_key_is_one_of_the_configuration():
     for key in BINDING:
         section, name = key.split(".")
         assert name in tree[section], key
+
+
+def test_keys_of_a_mapping_that_was_empty_are_said():
+    said = check({"data.columns": {"prompt": "frage"}})
+    assert said == "data.columns.prompt: None -> frage"
+    with pytest.raises(ChangedConfig, match=r"inner.options.b1: None -> 0.9"):
+        check({"inner.options": {"b1": 0.9}})
+    saved = config_to_dict(config_from_tree(override(TREE, {"data.columns": {"prompt": "a"}})))
+    assert "data.columns.prompt: a -> None" in check_changes(
+        config_from_tree(TREE), saved, run="RUN"
+    )

@@ -359,7 +359,8 @@ def test_templates_that_leave_something_out_or_add_something():
         (["default/train/0000", "default/test/0000"], "test", [1], ""),
     ],
 )  # fmt: skip
-def test_a_folder_of_several_splits(tmp_path, capsys, files, split, read, says):
+def test_a_folder_of_several_splits(tmp_path, files, split, read, says):
+    tmp_path = tmp_path / "train"  # what stands above the folder says nothing of it
     for number, name in enumerate(files):
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -368,9 +369,64 @@ def test_a_folder_of_several_splits(tmp_path, capsys, files, split, read, says):
         with pytest.raises(FileNotFoundError, match=says):
             load_records(tmp_path, split=split)
         return
-    found = [int(record.fields["text"]) for record in load_records(tmp_path, split=split)]
-    assert found == read
-    assert says in capsys.readouterr().err
+    records = load_records(tmp_path, split=split)
+    assert [int(record.fields["text"]) for record in records] == read
+    assert (says in "; ".join(records.notes)) if says else not records.notes
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    for name in ("b.csv", "README.md", ".hidden"):
+        (tmp_path / name).write_text("x")
+    _, report = format_rows(load_records(tmp_path), PLAIN, kind="sft")
+    assert "files of no kind that is read: b.csv" in str(report)
+    assert "README" not in str(report)
+
+
+@pytest.mark.parametrize("text", ['{"text": "a", "text": "b"}', '[{"text": "a", "text": "b"}]'])
+def test_a_key_that_stands_twice_in_a_row_is_an_error(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="the key 'text' stands twice"):
+        format_rows(load_records(path), PLAIN, kind="sft")
+
+
+def test_columns_to_leave_out_that_are_not_there_are_named():
+    _, report = read({**EXPLICIT, "context": "x"}, ignore_columns=["context", "contxt"])
+    assert "ignore_columns that no row has: contxt" in str(report)
+    row = {"messages": [U, {**A, "audio": "a"}]}
+    _, report = read(row, "sft", ignore_columns=["audio"])
+    assert "that no row has" not in str(report)
+
+
+def test_names_that_a_template_does_not_write_are_counted():
+    row = {**EXPLICIT, "prompt": [{**U, "name": "Bob"}]}
+    assert "1 turns whose name the chat template leaves out" in str(read(row, form=chat())[1])
+    writes = CHATML.replace("{{ m['content'] }}", "{{ m['name'] }}{{ m['content'] }}")
+    assert "whose name" not in str(read(row, form=chat(writes))[1])
+
+
+def test_what_a_tool_is_for_and_what_it_takes_are_looked_for():
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "adds two",
+            "parameters": {"properties": {"left": {}}},
+        },
+    }
+    row = {**EXPLICIT, "tools": [tool]}
+    assert "adds two" in one(row, form=chat(TOOLS)).prompt
+    names_alone = TOOLS.replace("{{ tools | tojson }}", "{{ tools[0].function.name }}")
+    refused(row, "tools are not in the prompt: adds two", form=chat(names_alone))
+    del tool["function"]["description"]
+    refused(row, "tools are not in the prompt: left", form=chat(names_alone))
+
+
+def test_reasoning_of_an_answer_in_several_turns_is_not_left_out_either():
+    row = {**EXPLICIT, "chosen": [{**A, "thinking": "hm"}, A2]}
+    refused(row, "reasoning of an assistant turn is not written", form=chat())
+    assert "hm" in one(row, form=chat(THINKS)).chosen
 
 
 def test_keys_that_a_table_fills_in_are_not_there(tmp_path):

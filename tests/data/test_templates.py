@@ -9,7 +9,7 @@ import pytest
 from spo_jax.data import Record, RowError, format_rows, make_chat_format, tokenize_rows
 from tests.data.real_templates import FOLDER, ids_of, make_family_tokenizer
 
-DATE = datetime.date(2024, 7, 26)
+DATE = "2024-07-26"
 LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
 TODAY = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
@@ -270,7 +270,7 @@ def test_qwen3_leaves_reasoning_of_earlier_turns_out_and_it_is_said():
 
 def test_the_date_of_a_run_is_the_date_a_template_is_told():
     tokenizer = make_family_tokenizer("llama32")
-    dates = (datetime.date(2024, 7, 26), datetime.date(2026, 11, 26))
+    dates = ("2024-07-26", "2026-11-26")
     texts = [make_chat_format(tokenizer, date=d).render([user("q")], True) for d in dates]
     assert "Today Date: 26 Jul 2024\n" in texts[0]
     assert texts[1] == texts[0].replace("26 Jul 2024", "26 Nov 2026")

@@ -279,7 +279,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         (b'{"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}', "is not dtype"),
         (b'{"a": {"dtype": 4, "shape": [2], "data_offsets": [0, 8]}}', "cannot be"),
         (b'{"a": 3}', "is not dtype"),
-        (b'{"a": {"x": 1}, "a": {"x": 1}}', "'a' stands twice"),
+        (b'{"a": {"x": 1}, "a": {"x": 2}}', "'a' stands twice"),
         (b"[]", "no JSON object"),
         (b"\xff", "utf-8"),
     ],
