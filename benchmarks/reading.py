@@ -18,11 +18,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "the of and to in is that it was for on are with as his they at be this from have or by one "
     "had not but what all were when we there can an your which their said if do will each about "
     "how up out them then she many some so these would other into has more her two like him see"
-).split()  # noqa: SIM905
+).split()
 
 
 def pairs(count: int, seed: int = 0) -> list[Record]:
