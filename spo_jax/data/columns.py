@@ -62,29 +62,45 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple | dict) and not value)
 
 
+MESSAGE = ("role", "content", "from", "value")
+"""What makes a message: never left out, whatever a column of that name is."""
+_OF_MESSAGES = " (of messages)"
+
+
 class Columns:
     """What a data set's configuration says of its columns, and what was seen of them.
 
     ``mapping`` is ``{our name: the file's}``; ``ignored`` are columns and message keys to leave
-    out. ``not_read`` counts the rows in which something about the row alone stood, by name.
+    out, all but the role and the content of a message. ``not_read`` counts the rows in which
+    something about the row alone stood, by name, and ``left_out`` what was left out.
+
+    Raises ``ValueError`` for a column that is both mapped and ignored.
     """
 
     def __init__(self, mapping: Mapping[str, str] | None = None, ignored: Sequence[str] = ()):
         self.mapping, self.ignored = dict(mapping or {}), frozenset(ignored)
+        both = sorted(self.ignored & set(self.mapping.values()))
+        if both:
+            raise ValueError(
+                f"data.columns maps {shown(both)}, and data.ignore_columns leaves it out: keep one"
+            )
         self.not_read: Counter[str] = Counter()
-        self.seen: set[str] = set()
+        self.left_out: set[str] = set()
         self._kinds: dict[tuple[frozenset[str], frozenset[str]], tuple[list[str], list[str]]] = {}
 
     def rename(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row under our names. Raises ``BadRow`` where a mapped name stands there twice."""
-        self.seen.update(fields)
+        """The row under our names, without what is ignored.
+
+        Raises ``BadRow`` where a mapped name stands there twice.
+        """
+        fields = self._without(fields, self.ignored)
         if not self.mapping:
             return fields
         found = {k: v for k, v in fields.items() if k not in self.mapping.values()}
         for ours, theirs in self.mapping.items():
             if theirs not in fields:
                 continue
-            if ours in found and ours not in self.ignored and not is_empty(found[ours]):
+            if ours in found and not is_empty(found[ours]):
                 raise BadRow(
                     f"two columns for '{ours}'",
                     f"its own, and '{theirs}' by data.columns",
@@ -93,11 +109,23 @@ class Columns:
             found[ours] = fields[theirs]
         return found
 
+    def without_ignored(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message without the keys that are ignored."""
+        return self._without(message, self.ignored.difference(MESSAGE), _OF_MESSAGES)
+
+    def _without(
+        self, fields: Mapping[str, Any], names: frozenset[str], where: str = ""
+    ) -> Mapping[str, Any]:
+        if names.isdisjoint(fields):
+            return fields
+        self.left_out.update(f"{name}{where}" for name in names if name in fields)
+        return {name: value for name, value in fields.items() if name not in names}
+
     def check(self, fields: Mapping[str, Any], read: frozenset[str]) -> None:
         """Raise ``BadRow`` for a column that is not among ``read`` and may not be left out."""
         key = (frozenset(fields), read)
         if key not in self._kinds:
-            rest = [n for n in fields if n not in read and n not in self.ignored]
+            rest = [name for name in fields if name not in read]
             about = [name for name in rest if is_about_the_row(str(name))]
             self._kinds[key] = about, [name for name in rest if name not in about]
         about, unknown = self._kinds[key]
@@ -112,21 +140,17 @@ class Columns:
         self.not_read.update(f"{name} (says again what is read)" for name in unknown)
 
     def check_keys(self, message: Mapping[str, Any], read: frozenset[str], place: str) -> None:
-        """The same for the keys of a message."""
-        self.seen.update(message)
-        rest = [
-            name
-            for name in message
-            if not (name in read or name in self.ignored or is_empty(message[name]))
-        ]
+        """The same for the keys of the message at ``place``."""
+        rest = [name for name in message if not (name in read or is_empty(message[name]))]
         new = [name for name in rest if not is_about_the_row(str(name))]
         if new:
             raise unread("key", new, place)
-        self.not_read.update(f"{name} (of messages)" for name in rest)
+        self.not_read.update(f"{name}{_OF_MESSAGES}" for name in rest)
 
     def unused(self) -> list[str]:
         """Names to leave out that no row or message had."""
-        return sorted(self.ignored - self.seen)
+        seen = {name.removesuffix(_OF_MESSAGES) for name in self.left_out}
+        return sorted(self.ignored - seen)
 
 
 def unread(what: str, names: Sequence[Any], place: str = "") -> BadRow:

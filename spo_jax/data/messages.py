@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from spo_jax.data.badrow import BadRow, shown
-from spo_jax.data.columns import Columns, is_empty
+from spo_jax.data.columns import MESSAGE, Columns, is_empty
 
 Message: TypeAlias = dict[str, Any]
 """``role`` and ``content``, and where they are there ``reasoning_content``, ``tool_calls``,
@@ -37,7 +37,7 @@ TRAINED_KEYS = ("weight", "train", "trainable")
 
 _READ = frozenset(
     (
-        *("role", "content", "from", "value", "name", "tool_calls", "tool_call_id"),
+        *(*MESSAGE, "name", "tool_calls", "tool_call_id"),
         *REASONING_KEYS,
         *TRAINED_KEYS,
     )
@@ -90,6 +90,8 @@ def read_message(value: Any, place: str, field: str, columns: Columns | None = N
     """Check one message of ``field``; ``place`` says which in an error."""
     if not isinstance(value, Mapping):
         raise BadRow(f"wrong type in '{field}'", f"{place} is {kind_of(value)}, expected a message")
+    if columns is not None:
+        value = columns.without_ignored(value)
     role_key, content_key = ("role", "content") if "role" in value else ("from", "value")
     calls = _tool_calls(value.get("tool_calls"), place, field)
     if role_key not in value or (content_key not in value and not calls):

@@ -169,6 +169,8 @@ class Reader:
         found = [f"{n} {what}" for what, n in self.said.items() if n]
         if self.columns.not_read:
             found.append(f"not read: {shown(sorted(self.columns.not_read), most=30)}")
+        if self.columns.left_out:
+            found.append(f"left out by ignore_columns: {shown(sorted(self.columns.left_out))}")
         if self.columns.unused():
             found.append(f"ignore_columns that no row has: {shown(self.columns.unused())}")
         if self.plain_texts and self.chat.template is not None and not self.control:

@@ -399,6 +399,35 @@ def test_columns_to_leave_out_that_are_not_there_are_named():
     assert "that no row has" not in str(report)
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [({"question": "q", **ANSWERED}, "context"), ({"question": "q", **ANSWERED}, "input"),
+     (EXPLICIT, "system"), (EXPLICIT, "tools"), (EXPLICIT, "chat_template_kwargs"),
+     ({"question": "q", **ANSWERED}, "history")],
+)  # fmt: skip
+def test_columns_to_leave_out_are_left_out_where_a_layout_would_read_them(row, name):
+    rows, report = read({**row, name: "x"}, ignore_columns=[name])
+    assert rows[0] == PAIR
+    assert f"left out by ignore_columns: {name}" in str(report)
+
+
+def test_keys_to_leave_out_are_left_out_where_messages_would_read_them():
+    row = {"messages": [{**U, "name": "Ann"}, {**A, "thinking": "hm", "weight": 0.5}]}
+    rows, report = read(row, "sft", ignore_columns=["name", "thinking", "weight"])
+    assert (rows[0].prompt, rows[0].pieces) == (PAIR.prompt, ((" yes", True),))
+    assert "name (of messages), thinking (of messages), weight (of messages)" in str(report)
+    # A column of that name says nothing of what makes a message.
+    row = {"messages": [U, A], "content": 3, "role": "judge"}
+    rows, report = read(row, "sft", ignore_columns=["content", "role"])
+    assert rows[0].pieces == ((" yes", True),)
+    assert "left out by ignore_columns: content, role" in str(report)
+
+
+def test_a_column_is_not_both_mapped_and_left_out():
+    with pytest.raises(ValueError, match=r"maps better, and data\.ignore_columns leaves"):
+        read({"question": "q"}, columns={"chosen": "better"}, ignore_columns=["better"])
+
+
 def test_names_that_a_template_does_not_write_are_counted():
     row = {**EXPLICIT, "prompt": [{**U, "name": "Bob"}]}
     assert "1 turns whose name the chat template leaves out" in str(read(row, form=chat())[1])
