@@ -33,6 +33,8 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax study CONFIG                         methods with and without SPO over seeds
 """
 
+_COMPILING = ("evaluate", "generate", "make-pairs", "dynamics")
+"""Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
 _COMMANDS = (train, plan, evaluate, generation, make_pairs, study, report)
 
 
@@ -85,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     options.overrides = overrides
     try:
+        if options.command in _COMPILING and not getattr(options, "help", False):
+            from spo_jax.checkpoints.user_cache import keep_compiled
+
+            keep_compiled()
         return options.command_function(options)
     except KeyboardInterrupt:
         print("spo-jax: interrupted", file=sys.stderr)

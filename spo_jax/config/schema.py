@@ -222,6 +222,9 @@ class Config:
     date: str | None = _key(
         None, "YYYY-MM-DD that chat templates are told (default: the day the run begins)"
     )
+    compilation_cache: bool | str = _key(
+        True, "keep compiled programs for the next start: true (the user's cache), false, a folder"
+    )
     stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
         ("preference",),
         "sft, preference, baseline (preference again, solver preference_only), in this order",

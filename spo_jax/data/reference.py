@@ -17,12 +17,6 @@ from tqdm import tqdm
 from spo_jax.parallel.processes import gathered
 
 
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/spo_jax``, or ``~/.cache/spo_jax``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "spo_jax"
-
-
 def fingerprint(*parts: str) -> str:
     """One hash of the fingerprints of data (ids after template and cuts), model and settings."""
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]

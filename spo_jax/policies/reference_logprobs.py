@@ -10,14 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints.checksums import params_fingerprint
+from spo_jax.checkpoints.user_cache import default_cache_dir
 from spo_jax.config.schema import Config
 from spo_jax.data import LengthBuckets, TokenizedRows, eval_batches
-from spo_jax.data.reference import (
-    default_cache_dir,
-    fingerprint,
-    load_or_precompute,
-    precompute,
-)
+from spo_jax.data.reference import fingerprint, load_or_precompute, precompute
 from spo_jax.models import Model
 from spo_jax.objective.levels import completion_logprobs, make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, place_batch, replicated

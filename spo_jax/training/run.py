@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
+from spo_jax.checkpoints.user_cache import keep_compiled
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
 from spo_jax.evaluation.answers import Exam, check_exam, make_exam
@@ -89,6 +90,7 @@ def train(
         Diverged, NothingLearnt: updates that are not finite; a stage that changed no weight.
         ValueError: what cannot be run: data, sizes, a model; the message names the mend.
     """
+    keep_compiled(config.compilation_cache)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     stages = config.stages if only is None else (only,)
     for name in stages:

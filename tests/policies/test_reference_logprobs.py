@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from spo_jax.checkpoints.checksums import params_fingerprint
-from spo_jax.data.reference import (
-    default_cache_dir,
-    fingerprint,
-    load_or_precompute,
-    precompute,
-)
+from spo_jax.data.reference import fingerprint, load_or_precompute, precompute
 from spo_jax.parallel.mesh import make_mesh, tree_shardings
 
 
@@ -175,11 +170,3 @@ def test_a_full_disk_is_a_message(tmp_path, capsys, monkeypatch):
     assert not load(tmp_path, Compute())
     assert "No space left on device" in capsys.readouterr().err
     assert not list((tmp_path / "reference_logprobs").iterdir())
-
-
-def test_where_it_lies(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "spo_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / ".cache" / "spo_jax"
