@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.machine import CACHE, WITHOUT_TORCH, shared_cache, xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -40,8 +42,17 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items):
-    """The longest files first."""
+    """Of a wide table all cases but the first are slow; the longest files come first."""
+    begun = set()
+    for item in items:
+        if item.get_closest_marker("wide") is None:
+            continue
+        table = item.nodeid.partition("[")[0]
+        if table in begun:
+            item.add_marker(pytest.mark.slow)
+        begun.add(table)
 
     def place(item):
         file = item.path.relative_to(Path(__file__).parent).as_posix()

@@ -50,6 +50,7 @@ def header_commands(path: Path) -> list[list[str]]:
     return [words for words in found if words[:1] == ["spo-jax"]]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("path", CONFIGS, ids=shown)
 def test_configuration_is_valid_with_the_commands_of_its_header(path):
     commands = header_commands(path)

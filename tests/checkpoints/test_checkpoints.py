@@ -221,6 +221,7 @@ def is_needed(file):
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("damage", [truncate, empty, flip, Path.unlink])
 def test_a_damaged_step_is_named_set_aside_and_passed_over(tmp_path, capsys, damage):
     """Whichever file of it is torn: what is read is what was written, or the step before."""

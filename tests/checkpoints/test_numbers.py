@@ -40,6 +40,7 @@ def spoilt(state, value=jnp.nan, part="params"):
     return state._replace(solver=state.solver._replace(outer=(tree, count)))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8, "data": 1}])
 def test_a_reference_in_16_bits_is_read_as_32(tmp_path, dtype, mesh):
@@ -61,6 +62,7 @@ def test_a_reference_in_16_bits_is_read_as_32(tmp_path, dtype, mesh):
     assert_same(load_reference(tmp_path, shapes), wide)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_change_of_16_bits_is_found_when_32_are_asked_for(tmp_path, dtype):
     """In a policy it was not looked for; in a reference it was found where there was none."""
@@ -89,6 +91,7 @@ def test_a_change_of_16_bits_is_found_when_32_are_asked_for(tmp_path, dtype):
         load_reference(tmp_path / "frozen", wide)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("part", ["params", "outer"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_state_with_nan_is_not_written(tmp_path, part, value):

@@ -72,6 +72,7 @@ def test_every_command_is_in_the_description():
     assert set(commands.choices) - named == {"sft"}  # part of train
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing(tmp_path):
     """Neither that PyTorch is missing nor how far a library is with its own work."""
     code = (

@@ -41,6 +41,7 @@ def write_data(path, rows=1):
     return path
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["evaluate", "generate", "make-pairs"])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -60,6 +61,7 @@ def test_a_command_says_what_the_model_lacks(name, changes, message, tmp_path, c
     assert "Traceback" not in said
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -172,6 +172,7 @@ def test_a_spoiled_key_is_taken_or_named(tmp_path_factory, damage):
     assert said is None or names_a_cause(said, config, spoiled), said
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=60)
 @given(
     st.sampled_from(sorted({".".join(map(str, path)) for base in BASES for path in paths(base)})),
@@ -222,6 +223,7 @@ def test_minus_infinity_turns_the_alarm_off(tmp_path):
 QUICKSTART = (ROOT / "configs/quickstart.yaml").read_text()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("content", "says"),
     [

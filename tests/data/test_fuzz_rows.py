@@ -341,6 +341,7 @@ def check_good_rows_are_kept(rows: Any, kind: str, lines: Lines, tokenizer: Any)
         record += bool(line.strip())
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=150)
 @given(st.lists(_VALUES, max_size=3), st.sampled_from(sorted(GOOD)), st.booleans())
 def test_arrays_of_anything(tmp_path_factory, values, kind, cut):

@@ -174,6 +174,7 @@ def test_a_text_that_merges_with_the_first_anchor_loses_nothing(style):
 TEXTS = st.text("ab the12.,!?\n", max_size=8)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("style", STYLES)
 @settings(deadline=None, max_examples=50)
 @given(prompt=TEXTS, chosen=TEXTS, rejected=TEXTS)

@@ -80,6 +80,7 @@ def test_the_gap_towards_the_references_own_answers_is_a_divergence():
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("loss", MARGIN_LOSSES)
 def test_a_margin_loss_alone_moves_the_mass_out_of_both_columns(loss, seed):
@@ -124,6 +125,7 @@ def test_it_is_the_geometry_that_moves_the_mass():
     assert parts.chosen[-1] > parts.chosen[0]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("loss", "solver"), [(x, "penalty") for x in LOSSES] + [("dpo", x) for x in SOLVERS]
 )

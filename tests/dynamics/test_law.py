@@ -78,6 +78,7 @@ def flat(tree):
 # The law
 
 
+@pytest.mark.slow
 def test_terms_against_gradients_by_hand(bench):
     params, pairs = bench
     found = law_of(params, pairs)
@@ -264,6 +265,7 @@ def test_the_head_variant_is_a_coarse_guide(tied):
         assert (cheap["law/chosen_norm2"] < exact["law/chosen_norm2"]).all()
 
 
+@pytest.mark.slow
 def test_of_a_tied_embedding_the_part_as_head():
     """The head's matrix given apart from the embedding, which then has no gradient."""
     model = tiny_model()
@@ -292,6 +294,7 @@ def test_completions_join_the_pairs_up_to_their_eos():
     np.testing.assert_array_equal(longer.completion_mask[:, 2:].sum(axis=-1), [[2, 1], [2, 2]])
 
 
+@pytest.mark.slow
 def test_masses_are_means_over_scored_tokens(bench):
     params, pairs = bench
     mass = jax.jit(make_mass(MODEL, top_k=3, chunk_tokens=8))(params, pairs)

@@ -160,6 +160,7 @@ def test_text_is_counted_without_eos_and_padding(tmp_path):
             assert not {eos, pad} & set(row[name])
 
 
+@pytest.mark.slow
 def test_predictions_hold(tmp_path):
     probes, state, step, *_ = make_bench(tmp_path, one_device(), learning_rate=1e-3)
     found = values(probes.record(state, step))

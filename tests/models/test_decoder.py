@@ -67,6 +67,7 @@ def plain_completions(model, params, prompt, mask, completions):
     return hidden[:, :P].reshape(B, n, P, -1)[:, 0], hidden[:, P:].reshape(B, n, C, -1)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("window", "P", "n", "C"),
     [("full", 5, 2, 4), ("sliding", 6, 3, 3), ("mixed", 4, 2, 1), ("full", 1, 1, 3)],
@@ -100,6 +101,7 @@ def test_pair_layout_equals_plain_sequences(window, P, n, C):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * (1 + scale))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("window", WINDOWS)
 def test_left_padding_changes_nothing(window):
     model = make_model(window)
@@ -113,6 +115,7 @@ def test_left_padding_changes_nothing(window):
     np.testing.assert_allclose(padded[1], alone[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("window", ["full", "sliding"])
 def test_no_gradient_from_future_tokens_other_branches_or_padding(window):
     # One layer: in two, a token reaches past the window through the one between.
@@ -144,6 +147,7 @@ def test_no_gradient_from_future_tokens_other_branches_or_padding(window):
         assert seen_by(1, 0) == {3, 4, 9}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("window", ["full", "mixed"])
 def test_cache_equals_the_full_forward(window):
     model = make_model(window)
@@ -159,6 +163,7 @@ def test_cache_equals_the_full_forward(window):
         np.testing.assert_allclose(hidden, completed[:, 0, t], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("dtype", "remat"), [("bfloat16", "full"), ("float16", "none")])
 def test_sixteen_bit_runs_close_to_float32(dtype, remat):
     rows = draw_rows(0, 3, 5, 2, 4, lengths=[0, 3, 5])
@@ -175,6 +180,7 @@ def test_sixteen_bit_runs_close_to_float32(dtype, remat):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_no_gradient():
     rows = draw_rows(0, 3, 5, 2, 4)
     params = draw_params(make_model())

@@ -23,6 +23,7 @@ def our_logits(folder, tokens, mask):
     return np.asarray(hidden @ model.output_head(params))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", HF_CONFIGS)
 def test_logits_equal_the_stored_ones(name, tmp_path):
     with np.load(Path(__file__).parent / "fixtures" / f"{name}.npz") as stored:
@@ -33,6 +34,7 @@ def test_logits_equal_the_stored_ones(name, tmp_path):
     assert np.abs(logits - expected)[real].max() <= TOLERANCE
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", HF_CONFIGS)
 def test_logits_equal_those_of_transformers(name, tmp_path):
     pytest.importorskip("torch")

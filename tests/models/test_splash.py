@@ -47,6 +47,7 @@ def both(window, mesh, *inputs):
     return (out, *gradients), (expected, *expected_gradients)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("T", "H", "K", "d", "window"),
     [
@@ -64,6 +65,7 @@ def test_equals_xla_in_values_and_gradients(T, H, K, d, window):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_equals_xla_in_16_bits():
     found, expected = both(None, None, *draw(1, 2, 140, 4, 2, 64, jnp.bfloat16))
     assert found[0].dtype == found[1].dtype == jnp.bfloat16
@@ -94,6 +96,7 @@ def test_a_mesh_changes_nothing(B, H, K):
     assert cut[2] == (H // 2 if H % 2 == 0 else H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rubbish", "window"),
     [

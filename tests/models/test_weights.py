@@ -49,6 +49,7 @@ def test_parameters_are_the_stored_tensors(folder):
     assert ("head" in params) == ("lm_head.weight" in stored)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip_is_bit_equal_also_in_shards(dtype, folder, tmp_path):
     write_folder(folder, load_hf_config(folder), dtype)
@@ -111,6 +112,7 @@ def test_an_export_in_another_dtype_says_so_once(folder, tmp_path):
     load_model(tmp_path / "out")
 
 
+@pytest.mark.wide
 def test_export_gathers_from_devices_and_carries_files(folder, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text("{}")

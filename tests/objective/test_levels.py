@@ -41,6 +41,7 @@ def equal(left, right):
     return all(bool(jnp.array_equal(a, b)) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_values_from_the_models_log_probs():
     pairs = random_batch(filler=2)
     ((outer, gap), (metrics, _)) = levels().both(PARAMS, BilevelBatch(pairs))
@@ -72,6 +73,7 @@ def test_the_inner_level_on_sft_rows_is_their_token_mean():
     np.testing.assert_allclose(gap, -sums.sum() / tokens - 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_filler_rows_change_nothing():
     pairs = random_batch(filler=3)
     cut = jax.tree.map(lambda x: x[:-3], pairs)
@@ -88,6 +90,7 @@ def relative_difference(left, right):
     return float(optax.tree.norm(difference) / optax.tree.norm(left))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("loss", "inner_data"),
     [("dpo", "sft"), ("cpo", "chosen"), ("alphadpo", "chosen"), ("simpo", "chosen")],
@@ -104,6 +107,7 @@ def test_accumulation_does_not_change_an_update(loss, inner_data):
     assert relative_difference(*results) < 1e-6
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("penalty", ["hinge", "squared_hinge"])
 def test_penalties_under_accumulation(penalty):
     """A hinge's slope is that of the whole batch's gap, not of each micro-batch's."""

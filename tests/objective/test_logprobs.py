@@ -22,6 +22,7 @@ def plain(hidden, head, tokens):
     return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("chunk_tokens", [1, 6, 18, 24, 10_000])
 def test_equals_log_softmax_in_values_and_gradients(chunk_tokens):
     hidden, head, tokens = inputs()
@@ -41,6 +42,7 @@ def test_equals_log_softmax_in_values_and_gradients(chunk_tokens):
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     """Unrolled solvers differentiate a gradient."""
     hidden, head, tokens = inputs()
@@ -112,6 +114,7 @@ def test_predictors_are_the_prompts_end_then_the_completion_itself():
     np.testing.assert_array_equal(got[1], [[3, 16, 17], [3, 19, 20]])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("chunk_tokens", [1, 18, 10_000])
 def test_spread_against_whole_distributions(chunk_tokens):
     hidden, head, _ = inputs()

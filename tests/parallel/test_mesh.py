@@ -231,6 +231,7 @@ def on_one_device():
     return jax.device_get(one_step(make_mesh(devices=jax.devices()[:1])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "q_shard"),
     [

@@ -82,6 +82,7 @@ def run(found, usable, budget=10**6):
     return tried
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("usable", [20, 27, 50, 90, 200, 400])
 def test_the_search_finds_the_fastest_that_fits(usable):
     found = candidates(remat=REMAT)

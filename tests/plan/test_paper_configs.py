@@ -50,6 +50,7 @@ def architecture_of(model):
     return json.loads((FOLDER / "architectures" / f"{model}.json").read_text())
 
 
+@pytest.mark.wide
 @study_files
 def test_six_methods_plain_and_with_spo_and_the_control(model, data):
     study = read(model, data)
@@ -59,6 +60,7 @@ def test_six_methods_plain_and_with_spo_and_the_control(model, data):
     assert resolved(start_cells(study)[0])["sft_optimizer"]["learning_rate"] == 2e-5
 
 
+@pytest.mark.wide
 @study_files
 def test_plain_and_spo_differ_in_the_solver_alone(model, data):
     found = {row: resolved(cell) for row, cell in cells(read(model, data)).items()}
@@ -75,6 +77,7 @@ def test_plain_and_spo_differ_in_the_solver_alone(model, data):
     assert control["inner"] == found["DPO"]["outer"]
 
 
+@pytest.mark.slow
 def test_all_studies_share_methods_and_rhythm():
     studies = [read(model, data) for model, data in STUDIES]
     assert all(s.losses == studies[0].losses for s in studies)
@@ -88,6 +91,7 @@ def test_all_studies_share_methods_and_rhythm():
         assert (config.answers.data, config.answers.split) == ("openai/gsm8k", "test")
 
 
+@pytest.mark.wide
 @study_files
 def test_longest_rows_have_a_bucket_and_evaluations_are_no_larger_than_updates(model, data):
     study = read(model, data)
@@ -109,6 +113,7 @@ def test_architectures_are_the_models_own(model):
     assert f"{PARAMETERS[model] / 1e9:.2f} billion parameters" in text
 
 
+@pytest.mark.wide
 @study_files
 def test_headers_say_what_is_reported_and_what_was_compiled(model, data):
     text = (FOLDER / f"{model}-{data}.yaml").read_text()

@@ -60,6 +60,7 @@ def step_by_step(model, params, tokens, mask):
     return np.asarray(tokens[:, width:])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_greedy_equals_the_full_forward_step_by_step(name, load):
     model, params = load(name)
@@ -69,6 +70,7 @@ def test_greedy_equals_the_full_forward_step_by_step(name, load):
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", HF_CONFIGS)
 def test_greedy_equals_transformers(name, load, tmp_path):
     torch = pytest.importorskip("torch")
@@ -100,6 +102,7 @@ def test_rows_end_with_any_eos_and_are_padded_after_it(load):
         assert (row[length:] == 39).all()
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_key_and_not_on_its_batch(load):
     model, params = load("llama")
     tokens, mask = prompts((7, 3, 1, 5))
@@ -119,6 +122,7 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(load):
     np.testing.assert_array_equal(cold, greedy(model, params, tokens, mask))
 
 
+@pytest.mark.slow
 def test_samples_follow_the_model(load):
     model, params = load("llama")
     tokens, mask = prompts((3,), 3)
@@ -226,6 +230,7 @@ def test_the_cache_grows_by_doubling():
     assert room_steps(700) == (128, 256, 512, 700)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_a_cache_that_grows_changes_nothing(load, monkeypatch, name):
     """Windows included; and a row that ends in the first room is padded behind it."""
@@ -241,6 +246,7 @@ def test_a_cache_that_grows_changes_nothing(load, monkeypatch, name):
     assert (stopped[:, 1:] == 39).all()
 
 
+@pytest.mark.slow
 def test_rooms_that_are_not_needed_are_not_compiled(load, monkeypatch):
     """Every row has its EOS in the first room."""
     model, params = load("llama")
@@ -257,6 +263,7 @@ def test_rooms_that_are_not_needed_are_not_compiled(load, monkeypatch):
         greedy(model, params, tokens, mask)
 
 
+@pytest.mark.slow
 def test_generation_can_be_part_of_a_compiled_function(load, monkeypatch):
     model, params = load("llama")
     tokens, mask = prompts()
@@ -278,6 +285,7 @@ def test_matrices_are_cast_once():
     assert dtypes["final_norm/scale"] == dtypes["layers/mlp_norm/scale"] == jnp.float32
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature):
     tokenizer = make_char_tokenizer()

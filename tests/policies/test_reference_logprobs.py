@@ -24,6 +24,7 @@ def toy(dtype=jnp.float32):
     }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_same_on_every_mesh(dtype):
     params = toy(dtype)

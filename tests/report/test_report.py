@@ -112,6 +112,7 @@ def pngs(folder):
 # The page
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_without_network_or_script(tmp_path):
     run = write_stage(tmp_path / "run", dynamics=[probing(0), probing(3)])
     out = make_report([run])
@@ -129,6 +130,7 @@ def test_the_page_is_one_file_without_network_or_script(tmp_path):
     assert "url(" not in page.text
 
 
+@pytest.mark.slow
 def test_figures_of_what_was_logged_and_no_others(tmp_path):
     run = write_stage(tmp_path / "run", dynamics=[probing(0)])
     page = Page(make_report([run]))
@@ -207,6 +209,7 @@ def test_table_of_runs(tmp_path, one_figure):
 # Several runs
 
 
+@pytest.mark.slow
 def test_two_runs_are_overlaid(tmp_path, monkeypatch):
     drawn = {}
 
@@ -337,6 +340,7 @@ def test_tolerance_falls_back_to_the_default_of_the_solver(monkeypatch):
 # Writing
 
 
+@pytest.mark.slow
 def test_a_new_report_replaces_the_old_and_its_figures(tmp_path):
     run = write_stage(tmp_path / "run", dynamics=[probing(0)])
     make_report([run])
@@ -349,6 +353,7 @@ def test_a_new_report_replaces_the_old_and_its_figures(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(tmp_path):
     run = write_stage(tmp_path / "run", dynamics=[probing(0)])
     first = make_report([run]).read_bytes()

@@ -572,6 +572,7 @@ def command(random_model, out, *more):
     return main([str(word) for word in (*words, "--max-new-tokens", 6, "--samples", 2, *more)])
 
 
+@pytest.mark.slow
 def test_what_is_drawn_for_a_row_depends_on_nothing_beside_it(random_policy):
     settings = PairSettings("arithmetic", samples=2, max_new_tokens=6, seed=3)
     prompts = [arithmetic.solve(i, 3, 1).prompt for i in range(5)]

@@ -89,6 +89,7 @@ def test_what_overflows_only_when_it_is_stored_is_found():
     assert not overflow(half)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_can_move_is_about_what_does(name, dtype):

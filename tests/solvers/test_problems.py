@@ -238,6 +238,7 @@ def test_the_constrained_optimum_of_two_balls_is_on_the_line_between_them():
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ALL)
 def test_solvers_of_one_problem_agree_on_it(name):
     """Two roads to the valley's best, by different mathematics."""

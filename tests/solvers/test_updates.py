@@ -56,6 +56,7 @@ def test_half_precision_parameters_stay_so(name):
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", SOLVERS)
 def test_aux_of_each_level_is_handed_on(name):
     solver = with_adam(name)
@@ -144,6 +145,7 @@ def barrier_step(f, v, gap, **options):
     return -np.asarray(state.params, np.float64), metrics
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(f=VECTORS, v=VECTORS, strength=st.floats(0.01, 10))
 @example(f=[1.0, 2.0, 3.0], v=[0.0, 0.0, 0.0], strength=1.0)
@@ -159,6 +161,7 @@ def test_outside_a_barrier_step_never_raises_the_inner_loss(f, v, strength):
     assert np.all(np.isfinite(direction))
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(f=VECTORS, v=VECTORS)
 def test_inside_a_barrier_step_is_plain_or_holds(f, v):
@@ -170,6 +173,7 @@ def test_inside_a_barrier_step_is_plain_or_holds(f, v):
     assert held @ v >= -1e-5 * (np.linalg.norm(f) * np.linalg.norm(v) + 1) - 1e-5 * v @ v
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(f=VECTORS, v=VECTORS)
 def test_the_barrier_weight_is_the_least(f, v):
@@ -277,6 +281,7 @@ INNER_CHAINS = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("chain", INNER_CHAINS)
 @pytest.mark.parametrize("inner_steps", [1, 4])
 def test_hypergradient_against_finite_differences_in_float64(chain, inner_steps):

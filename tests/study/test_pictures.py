@@ -66,6 +66,7 @@ def test_without_runs_there_is_no_picture():
     assert not [name for name in FIGURES if draw(name, only_start, {}) is not None]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["accuracy", "preference", "shift"])
 def test_pictures_name_themselves_their_axes_and_their_lines(name):
     figure = draw(name, WHOLE, {})

@@ -178,6 +178,7 @@ def test_a_grid_is_escaped_and_stands_before_the_pictures():
     assert "pre-line" in text, "lines of a cell stay lines"
 
 
+@pytest.mark.slow
 def test_the_evidence_needs_no_accelerator_library_of_its_own():
     """Beside what ``spo_jax`` and the report load, nothing starts JAX' devices."""
     program = (

@@ -254,6 +254,7 @@ def test_status_of_a_slice_that_is_not_there(stubs):
 REBUILT = ["delete", "create", "scp", "start --resume"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("answers", "status", "steps", "says"),
     [

@@ -123,6 +123,7 @@ def test_every_solver_trains_the_decoder(name):
     assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "inner_data"), [first_of("penalty", *x) for x in SOLVERS_AND_DATA]
 )
@@ -181,6 +182,7 @@ def test_no_inner_step_is_preference_only_bit_for_bit(make):
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("inner_data", INNER_DATA)
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_the_two_gradients_apart_are_those_of_the_levels(inner_data, micro_batches):
@@ -200,6 +202,7 @@ def test_the_two_gradients_apart_are_those_of_the_levels(inner_data, micro_batch
         assert relative_difference(found, grads) < 1e-5
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_the_hypergradient_goes_through_the_models_inner_step(micro_batches):
     """``grad_x F(x - r grad g(x))`` written out with the plain functions of the levels."""

@@ -126,6 +126,7 @@ def test_the_share_moved_is_among_the_metrics():
     same(still.solver.params, state.solver.params)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
 def test_finite_norms_bound_every_moment(name):
     """Gradients as large as float32 has them: what the two norms let through is all finite."""
