@@ -1,5 +1,6 @@
 """Real runs of the command in processes of their own, for tests of what no thread can show."""
 
+import functools
 import json
 import os
 import signal
@@ -67,23 +68,69 @@ def environment(devices=DEVICES, cache: Path | None = None) -> dict[str, str]:
     return found | kept | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def start(
-    config: Path, output: Path, *arguments: str, log: Path, variables=None, **options
-) -> subprocess.Popen:
+@functools.cache
+def _zygote() -> subprocess.Popen:
+    """The one of this test process; it ends when this process does, which closes its pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.zygote"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(1),
+        cwd=ROOT,
+        text=True,
+    )
+
+
+def _asked(request) -> int | None:
+    zygote = _zygote()
+    zygote.stdin.write(json.dumps(request) + "\n")
+    zygote.stdin.flush()
+    return json.loads(zygote.stdout.readline())
+
+
+class Run:
+    """A command under way, as ``subprocess.Popen`` has it."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path):
+        request = {"start": arguments, "environment": environment, "log": str(log)}
+        self.pid = _asked(request)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        if self.returncode is None:
+            self.returncode = _asked({"wait": self.pid})
+        return self.returncode
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit status; ``subprocess.TimeoutExpired`` where there is none after ``seconds``."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("spo-jax", seconds)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """To the process, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(config: Path, output: Path, *arguments: str, log: Path, variables=None, **options) -> Run:
     """``spo-jax train CONFIG`` in the background; what it says goes to the end of ``log``."""
-    command = [sys.executable, "-m", "spo_jax", "train", str(config), "--output-dir", str(output)]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [*command, *arguments],
-            stdout=file,
-            stderr=file,
-            env=environment(**options) | (variables or {}),
-        )
+    command = ["train", str(config), "--output-dir", str(output), *arguments]
+    return Run(command, environment(**options) | (variables or {}), log)
 
 
 def start_several(
     config: Path, output: Path, count: int, *arguments: str, log: Path, own=None, **options
-) -> list[subprocess.Popen]:
+) -> list[Run]:
     """``count`` processes of one run, with the devices shared out; ``own`` arguments by number."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -131,7 +178,7 @@ def metrics_of(folder: Path) -> list[dict]:
     return found
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float) -> None:
+def wait_for_step(folder: Path, step: int, process: Run, seconds: float) -> None:
     """Return when ``step`` is written down, or the process has ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
