@@ -1,0 +1,343 @@
+"""Speed and memory of one DPO step on the CPU: ours beside TRL (PyTorch) and Tunix (JAX).
+
+    python benchmarks/peers.py
+
+A Llama of 56 million parameters with random weights, written once as a Hugging Face folder and
+read from there by every side; 4 pairs of random ids without padding; AdamW without decay, beta
+0.1, and the reference is the policy at the start. Every side runs in a process of its own,
+interleaved over rounds. The libraries are installed by pip into environments of their own, below
+``--environments``, which are used again; ``--torch`` says which PyTorch, a CPU build will do.
+Losses of the first two steps have to agree: the first is ln 2, the second tells of the gradients.
+Other work on the machine spoils the numbers, those of TRL most: PyTorch's threads wait for each
+other without sleeping, unless ``OMP_WAIT_POLICY=passive`` is set.
+
+tokens/s counts both full sequences of a pair, for everyone. share is the time a program would take
+that computes each prompt once, the head on completions alone, nothing twice, and all of it as fast
+as plain products of the model's shapes run at that time, over the time taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCRIPTS = Path(__file__).parent / "peers_sides"
+PEERS = {"trl": ("trl==1.16.0", "torch"), "tunix": ("google-tunix==0.1.7",)}
+"""What each peer's environment is made of; ``torch`` stands for ``--torch``."""
+
+
+class Side(NamedTuple):
+    """A library and what it is told; ``same_update``: its second loss is that of plain DPO."""
+
+    library: str
+    settings: Mapping[str, Any]
+    same_update: bool = True
+
+
+_TRL_BEST = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+SIDES = {
+    "ours online": Side("ours", {"reference": "online"}),
+    "ours precomputed": Side("ours", {"reference": "precomputed"}),
+    "ours + penalty": Side("ours", {"reference": "precomputed", "solver": "penalty"}, False),
+    "TRL stock": Side("trl", {"config": {}}),
+    "TRL best": Side("trl", {"config": _TRL_BEST}),
+    "Tunix stock": Side("tunix", {"reference": "online"}),
+    "Tunix best": Side("tunix", {"reference": "at hand"}),
+}
+MORE_SIDES = {
+    "ours remat": Side("ours", {"reference": "precomputed", "remat": "full"}),
+    "TRL online": Side("trl", {"config": {"gradient_checkpointing": False}}),
+    "TRL precomputed": Side("trl", {"config": {"precompute_ref_log_probs": True}}),
+    "TRL compiled": Side("trl", {"config": {**_TRL_BEST, "torch_compile": True}}),
+    "Tunix remat": Side("tunix", {"reference": "at hand", "remat": "DECODER"}),
+}
+"""More for ``--sides``: each differs in one setting from a side above."""
+
+DEFAULTS = {
+    "ours": {"solver": "preference_only", "chunk_tokens": 2048, "remat": "none"},
+    "trl": {},
+    "tunix": {"remat": "NONE"},
+}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+class Shape(NamedTuple):
+    """Tokens of a row's prompt and of each of its completions; rows."""
+
+    prompt: int
+    completion: int
+    pairs: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens of a batch, prompts once."""
+        return self.pairs * (self.prompt + 2 * self.completion)
+
+    @property
+    def counted(self) -> int:
+        """Tokens of the full sequences of a batch, prompts twice."""
+        return self.pairs * 2 * (self.prompt + self.completion)
+
+
+def make_architecture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
+    """A ``config.json``. Tunix reads no other ``rope_theta`` than 1,000,000."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": hidden // 8,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+
+
+def perfect_flops(shape: Shape, of: Mapping[str, Any]) -> float:
+    """Multiplications and additions of one step that computes nothing twice.
+
+    ``6 (N T + H S) + 12 h d L A``: weights of the layers' products and tokens, those of the head
+    and completion tokens, and for heads, head width and layers the pairs a causal mask lets see.
+    """
+    hidden, width = of["hidden_size"], of["num_attention_heads"] * of["head_dim"]
+    keys = of["num_key_value_heads"] * of["head_dim"]
+    layer = 2 * hidden * (width + keys) + 3 * hidden * of["intermediate_size"]
+    P, C, B = shape
+    seen = B * (P**2 / 2 + 2 * (C * P + C**2 / 2))
+    linear = of["num_hidden_layers"] * layer * shape.computed
+    head = hidden * of["vocab_size"] * B * 2 * C
+    return 6 * (linear + head) + 12 * width * of["num_hidden_layers"] * seen
+
+
+def product_shapes(shape: Shape, of: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """The products of the model, ``[a, b] x [b, c]``, whose rate is measured."""
+    hidden, inner, rows = of["hidden_size"], of["intermediate_size"], shape.computed
+    return [
+        (rows, hidden, inner), (rows, inner, hidden), (rows, hidden, hidden),
+        (2048, hidden, of["vocab_size"]),
+    ]  # fmt: skip
+
+
+def disagreeing(losses: Mapping[str, list[float]], alike: set[str], tolerance: float) -> list[str]:
+    """What is wrong with the first two losses; of ``alike``, the second ones are to agree too."""
+    wrong = [
+        f"{name}: the first loss is {found[0]:.6f}, not ln 2 = {math.log(2):.6f}"
+        for name, found in losses.items()
+        if not abs(found[0] - math.log(2)) <= tolerance
+    ]
+    second = {name: found[1] for name, found in losses.items() if name in alike}
+    middle = statistics.median(second.values()) if second else 0.0
+    return wrong + [
+        f"{name}: the second loss is {found:.6f}, the median of all {middle:.6f}"
+        for name, found in second.items()
+        if not abs(found - middle) <= tolerance
+    ]
+
+
+# Processes
+
+
+def make_environment(folder: Path, requirements: list[str]) -> Path:
+    """The interpreter of an environment that has ``requirements``, made if it is not there."""
+    python, made = folder / "bin" / "python", folder / "requirements.txt"
+    wanted = "\n".join(requirements) + "\n"
+    if made.is_file() and made.read_text() == wanted:
+        return python
+    print(f"installing {' '.join(requirements)} into {folder}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+    made.write_text(wanted)
+    return python
+
+
+def default_environments() -> Path:
+    """A folder in the user's cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "spo_jax" / "peers"
+
+
+class Runner:
+    """Runs the scripts of ``peers_sides``, each in a process of its own, one at a time."""
+
+    def __init__(self, work: Path, pythons: Mapping[str, Path | str], job: dict[str, Any]) -> None:
+        self.work, self.pythons = work, pythons
+        self.job = job | {"model": str(work / "model"), "rows": str(work / "rows.npz")}
+
+    def run(self, name: str, script: str, **more: Any) -> dict[str, Any]:
+        """What the script found; its last words and an end where it fails."""
+        library = script.partition("_")[0]
+        job, result, log = (self.work / f"{kind}.json" for kind in ("job", "result", "log"))
+        job.write_text(json.dumps(self.job | more | {"result": str(result)}))
+        variables = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(self.work / "hub"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if library != "ours":  # packages of this environment are not theirs
+            variables.pop("PYTHONPATH", None)
+        with log.open("w") as file:
+            command = [self.pythons[library], SCRIPTS / f"{script}.py", job]
+            done = subprocess.run(
+                command, env=variables, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode:
+            words = log.read_text()[-3000:]
+            raise SystemExit(f"{name}: {script}.py ended with {done.returncode}:\n{words}")
+        return json.loads(result.read_text())
+
+
+# What is shown
+
+
+def side_rows(rounds: list[dict], shape: Shape, flops: float, peers: set[str]) -> list[dict]:
+    """One row of the table a side: medians over rounds, ratios and shares within a round."""
+    names = list(rounds[0]["sides"])
+    seconds = {
+        name: [statistics.median(r["sides"][name]["seconds"]) for r in rounds] for name in names
+    }
+    ranked = sorted(peers & set(names), key=lambda name: statistics.median(seconds[name]))
+    rates = [statistics.mean(r["rates"]) for r in rounds]
+    rows = []
+    for name in names:
+        found = [r["sides"][name] for r in rounds]
+        mine, cpu = seconds[name], [x for side in found for x in side["cpu_seconds"]]
+        row = {
+            "side": name,
+            "seconds": statistics.median(mine),
+            "tokens_per_second": statistics.median(shape.counted / s for s in mine),
+            "cpu_seconds": statistics.median(cpu),
+            "peak_bytes": statistics.median(side["peak_bytes"] for side in found),
+            "share": statistics.median(flops / s / r for s, r in zip(mine, rates, strict=True)),
+            "losses": found[0]["losses"],
+        }
+        if ranked:
+            best = seconds[ranked[0]]
+            ratios = [b / s for s, b in zip(mine, best, strict=True)]
+            row["ratio_to_fastest_peer"] = statistics.median(ratios)
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict], rounds: list[dict], shape: Shape, flops: float, dtype: str) -> None:
+    """Print the table of one shape."""
+    rates = [rate for r in rounds for rate in r["rates"]]
+    print(
+        f"\nprompt {shape.prompt}, completion {shape.completion}, {shape.pairs} pairs, {dtype}: "
+        f"{flops / 1e12:.3g} TFLOP a step; products at {min(rates) / 1e9:.3g} to "
+        f"{max(rates) / 1e9:.3g} GFLOP/s\n"
+        f"{'side':>16} {'s/step':>8} {'tokens/s':>9} {'ratio':>6} {'CPU s':>8} {'GiB':>6} "
+        f"{'share':>6}  first losses"
+    )
+    for row in rows:
+        ratio = row.get("ratio_to_fastest_peer")
+        losses = " ".join(f"{loss:.6f}" for loss in row["losses"][:2])
+        print(
+            f"{row['side']:>16} {row['seconds']:8.3f} {row['tokens_per_second']:9.0f} "
+            f"{'-' if ratio is None else f'{ratio:.2f}x':>6} {row['cpu_seconds']:8.2f} "
+            f"{row['peak_bytes'] / 2**30:6.2f} {100 * row['share']:5.0f}%  {losses}"
+        )
+
+
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shape", action="append", metavar="P/C", help="prompt and completion tokens; repeatable")
+    add("--sides", nargs="+", choices=[*SIDES, *MORE_SIDES], default=list(SIDES), metavar="SIDE")
+    add("--dtype", choices=TOLERANCES, default="float32", help="of the products")
+    add("--rounds", type=int, default=3, help="of all sides, one after the other")
+    add("--steps", type=int, default=3, help="timed ones of a side in a round")
+    add("--warmup", type=int, default=2, help="steps before them; Tunix compiles in two")
+    add("--pairs", type=int, default=4)
+    add("--hidden", type=int, default=512)
+    add("--layers", type=int, default=8)
+    add("--vocabulary", type=int, default=32000)
+    add("--learning-rate", type=float, default=1e-6)
+    add("--tolerance", type=float, help="of the losses; 1e-4, or 2e-2 in bfloat16")
+    add("--environments", type=Path, default=default_environments(), help="folder of the peers'")
+    add("--torch", default="torch", metavar="REQUIREMENT", help="what pip installs for PyTorch")
+    add("--json", type=Path, metavar="FILE", help="all numbers, too")
+    options = parser.parse_args(arguments)
+    if min(options.warmup, options.steps, options.rounds) < 1:
+        parser.error("--warmup, --steps and --rounds are at least 1")
+    shapes = options.shape or ["128/384", "384/128"]
+    if not all(re.fullmatch(r"[1-9]\d*/[1-9]\d*", shape) for shape in shapes):
+        parser.error(f"--shape {' '.join(shapes)}: write PROMPT/COMPLETION, such as 128/384")
+    options.shape = [Shape(*map(int, shape.split("/")), options.pairs) for shape in shapes]
+    return options
+
+
+def measure_shape(shape: Shape, sides: Mapping[str, Side], pythons, options) -> dict[str, Any]:
+    """All rounds of one shape, checked and shown."""
+    architecture = make_architecture(options.hidden, options.layers, options.vocabulary)
+    flops = perfect_flops(shape, architecture)
+    job = shape._asdict() | {
+        "architecture": architecture, "beta": 0.1, "dtype": options.dtype,
+        "learning_rate": options.learning_rate, "warmup": options.warmup, "steps": options.steps,
+    }  # fmt: skip
+    # Where weights are bfloat16, such a small step rounds to none.
+    stuck = {name for name, side in sides.items() if side.library == "tunix"}
+    alike = {name for name, side in sides.items() if side.same_update}
+    alike -= stuck if options.dtype == "bfloat16" else set()
+    given = options.tolerance
+    tolerance = TOLERANCES[options.dtype] if given is None else given
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="peers_") as folder:
+        runner = Runner(Path(folder), pythons, job)
+        runner.run("model and rows", "ours_prepare")
+        rate = {"shapes": product_shapes(shape, architecture)}
+        for number in range(options.rounds):
+            first, found = runner.run("products", "ours_rate", **rate), {}
+            for name, side in sides.items():
+                settings = DEFAULTS[side.library] | side.settings
+                found[name] = runner.run(name, f"{side.library}_step", settings=settings)
+                seconds = statistics.median(found[name]["seconds"])
+                print(f"round {number + 1}: {name} {seconds:.3f} s", file=sys.stderr, flush=True)
+            last = runner.run("products", "ours_rate", **rate)
+            wrong = disagreeing({n: f["losses"] for n, f in found.items()}, alike, tolerance)
+            if wrong:
+                raise SystemExit("The sides do not compute the same:\n" + "\n".join(wrong))
+            rounds.append({"rates": [first["rate"], last["rate"]], "sides": found})
+    peers = {name for name, side in sides.items() if side.library != "ours"}
+    rows = side_rows(rounds, shape, flops, peers)
+    show(rows, rounds, shape, flops, options.dtype)
+    return {"shape": shape._asdict(), "flops": flops, "table": rows, "rounds": rounds}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the command line asks for."""
+    options = read_options(arguments)
+    sides = {name: (SIDES | MORE_SIDES)[name] for name in options.sides}
+    pythons: dict[str, Path | str] = {"ours": sys.executable}
+    for library in sorted({side.library for side in sides.values()} - {"ours"}):
+        requirements = [options.torch if x == "torch" else x for x in PEERS[library]]
+        pythons[library] = make_environment(options.environments / library, requirements)
+    print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    found = [measure_shape(shape, sides, pythons, options) for shape in options.shape]
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k not in ("environments", "json")}
+        told = {name: DEFAULTS[side.library] | side.settings for name, side in sides.items()}
+        options.json.write_text(
+            json.dumps({"options": settings, "sides": told, "shapes": found}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
