@@ -31,6 +31,7 @@ def test_training_loop(tmp_path):
     exec(BLOCKS[0].replace('"MODEL"', repr(str(folder))), names)
     assert names["metrics"]["rewards/margins"] > 0
     assert names["metrics"]["gap"] < 0
+    assert names["step"]._cache_size() == 1  # compiled once
 
 
 def test_loss_of_ones_own(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spo_jax.models.architecture import Execution
@@ -52,9 +53,9 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
     _check_tensors(folder, stored, expected, model)
     if model.config.tie_word_embeddings:
         _check_tied(folder, stored)
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract)
+    anywhere = shardings is None
+    if anywhere:
+        shardings = jax.tree.map(lambda _: False, abstract)
 
     # Of the dtypes to compute in, only this one reaches less far than float32.
     narrow = model.execution.compute_dtype == "float16"
@@ -83,6 +84,11 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
                 return convert(sources[ours][0], index)
             return np.stack([convert(one, index[1:]) for one in sources[ours][index[0]]])
 
+        if anywhere:
+            # Not committed to the default device, as nothing is that JAX makes there: a step whose
+            # state were so in part would be compiled twice.
+            whole = read(tuple(slice(0, size) for size in leaf.shape))
+            return jax.block_until_ready(jnp.asarray(whole))
         return _place(leaf, sharding, read)
 
     return jax.tree_util.tree_map_with_path(place, abstract, shardings)
