@@ -42,8 +42,14 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "dots_no_batch"] = _key(
         "none", "what the backward pass recomputes"
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = _key("auto", "attention kernel")
-    logprob_chunk: int = _key(2048, "tokens whose logits are in memory at once, per data shard")
+    attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = _key(
+        "auto", "attention kernel"
+    )
+    logprob_chunk: int | None = _key(
+        None,
+        "tokens whose logits are in memory at once, per data shard (default: 2048; on a CPU "
+        "those that 512 MiB hold)",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from spo_jax.checkpoints import load_reference
 from spo_jax.checkpoints.atomic import write_rows
-from spo_jax.config.schema import DataConfig, ModelConfig
+from spo_jax.config.schema import DataConfig
 from spo_jax.data import eval_batches, find_layout, load_records
 from spo_jax.data.columns import Columns
 from spo_jax.data.formats import renamed_fields
@@ -129,7 +129,7 @@ def evaluate_model(
         check_rows(rows, policy.model.config, policy.tokenizer, "data")
         size = round_up(batch_size, batch_shards(mesh))
         batches = eval_batches(rows.train, batch_size=size, buckets=rows.buckets)
-        logprobs = make_logprobs_fn(policy.model, chunk_tokens=ModelConfig().logprob_chunk)
+        logprobs = make_logprobs_fn(policy.model)
         found = row_logprobs(logprobs, policy.params, batches, place)
         result: dict[str, Any] = {"model": str(model), "data": str(data), "kind": kind}
         if kind == "preference":
@@ -138,9 +138,7 @@ def evaluate_model(
             if reference is not None:
                 frozen_policy = load(reference, "reference")
                 check_rows(rows, frozen_policy.model.config, policy.tokenizer, "data (reference)")
-                frozen_fn = make_logprobs_fn(
-                    frozen_policy.model, chunk_tokens=ModelConfig().logprob_chunk
-                )
+                frozen_fn = make_logprobs_fn(frozen_policy.model)
                 frozen = row_logprobs(frozen_fn, frozen_policy.params, batches, place)
             elif run is not None and (run / "reference").exists():
                 params = load_reference(run, policy.params)

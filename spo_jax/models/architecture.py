@@ -107,10 +107,10 @@ class Execution:
     """How a decoder runs: dtypes, what the backward pass recomputes, the attention kernel, where.
 
     ``attention="auto"`` takes splash on a TPU, cuDNN on a GPU with a 16-bit
-    ``compute_dtype``, and XLA elsewhere. ``mesh`` is the one the parameters live on, with axes
-    ``data``, ``fsdp`` and ``tensor``: kernels run on each device's part, and activations stay
-    cut. ``None`` leaves everything to the partitioner. An unknown name is an error that says
-    the nearest valid one.
+    ``compute_dtype``, blocks of queries on a CPU, and XLA's where these do not serve. ``mesh`` is
+    the one the parameters live on, with axes ``data``, ``fsdp`` and ``tensor``: kernels run on
+    each device's part, and activations stay cut. ``None`` leaves everything to the partitioner.
+    An unknown name is an error that says the nearest valid one.
     """
 
     param_dtype: str = "float32"

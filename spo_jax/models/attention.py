@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from spo_jax.models.blocked import blocked_attention
 from spo_jax.models.second_order import with_second_derivative
-from spo_jax.models.splash import BLOCKS, splash_attention
 from spo_jax.parallel.constraints import platform
 
 Window: TypeAlias = Int[Array, ""] | int | None
@@ -115,11 +115,13 @@ def cudnn_attention(
     )
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "xla": xla_attention,
-    "cudnn": cudnn_attention,
-    "splash": splash_attention,
-}
+KERNELS = ("xla", "blocked", "cudnn", "splash")
+"""What ``Execution.attention`` may name, beside ``auto``."""
+
+
+def in_blocks(name: str, mesh: Mesh | None) -> bool:
+    """Whether attention called ``name`` is ``blocked_attention``: ``auto`` is on a CPU."""
+    return name == "blocked" or (name == "auto" and platform(mesh) == "cpu")
 
 
 def choose_kernel(
@@ -127,8 +129,9 @@ def choose_kernel(
 ) -> Kernel:
     """Return the kernel called ``name``; ``auto`` takes the platform's own where it serves.
 
-    That is cuDNN on GPU and splash on TPU; XLA elsewhere. The platform is that of the devices
-    of ``mesh``, which may be described and not there.
+    That is cuDNN on GPU and splash on TPU, XLA where these do not serve. The platform is that of
+    the devices of ``mesh``, which may be described and not there. ``blocked_attention`` knows the
+    pair layout and is no kernel: see ``in_blocks``.
 
     Raises:
         ValueError: ``splash`` for windows that differ from layer to layer, or on a GPU.
@@ -140,10 +143,15 @@ def choose_kernel(
         half = jnp.dtype(dtype).itemsize == 2
         if backend == "gpu" and half and head_dim % 8 == 0 and length % 2 == 0:
             return cudnn_attention
-        if backend != "tpu" or not static or length < BLOCKS[-1] or dtype == jnp.float16:
+        if backend != "tpu" or not static or dtype == jnp.float16:
             return xla_attention
     elif name != "splash":
-        return KERNELS[name]
+        return {"xla": xla_attention, "cudnn": cudnn_attention}[name]
+    # Where it does not run it is not imported: Pallas takes half a second.
+    from spo_jax.models.splash import BLOCKS, splash_attention
+
+    if name == "auto" and length < BLOCKS[-1]:
+        return xla_attention
     if not static:
         raise ValueError(
             "attention='splash' with sliding windows in some layers only: its mask is compiled "
@@ -176,6 +184,9 @@ class BranchAttention(flax.struct.PyTreeNode):
 
     def attend(self, q: Any, k: Any, v: Any, window: Window, cached: None) -> tuple[Any, None]:
         """Return the packed ``[B, P + n*C, H, d]`` outputs, and nothing to keep."""
+        if in_blocks(self.kernel, self.mesh):
+            real = self.segment_ids[:: self.layout.branches, : self.layout.prompt] > 0
+            return blocked_attention(q, k, v, real, self.layout.branches, window), None
         q, k, v = (split_branches(x, self.layout) for x in (q, k, v))
         kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return merge_branches(kernel(q, k, v, self.segment_ids, window), self.layout), None
@@ -192,6 +203,8 @@ class PrefillAttention(flax.struct.PyTreeNode):
         self, q: Any, k: Any, v: Any, window: Window, cached: None
     ) -> tuple[Any, tuple[Any, Any]]:
         """Return the outputs ``[B, P, H, d]`` and the prompt's keys and values."""
+        if in_blocks(self.kernel, self.mesh):
+            return blocked_attention(q, k, v, self.segment_ids > 0, 1, window), (k, v)
         kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return kernel(q, k, v, self.segment_ids, window), (k, v)
 

@@ -2,7 +2,8 @@
 
 ``[B, T, V]`` logits are the largest array of a preference step by far, so they never
 exist: the head runs on a few completion positions at a time, forward and backward, and
-what is kept between the two passes is one log-normalizer a token.
+what is kept between the two passes is one log-normalizer a token. Where one chunk holds all
+scored positions its logits are kept as well: the backward pass begins with them.
 
 On a mesh the vocabulary is cut over ``tensor`` and ``fsdp``: each device has its columns of
 the head and of the head's gradient, states travel to them a chunk at a time, and of the
@@ -20,11 +21,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from spo_jax.parallel.constraints import ROWS, constrain, parts
+from spo_jax.parallel.constraints import ROWS, constrain, parts, platform
 from spo_jax.types import CompletionBatch, Params
 
 DEFAULT_CHUNK_TOKENS = 2048
 """Head rows in flight at once: logits of ``chunk_tokens * V * 4`` bytes (256 MiB at V = 32k)."""
+KEPT_ON_CPU = 512 * 2**20
+"""Bytes of logits on a CPU, where to compute them a second time costs more than memory does."""
+
+
+def rows_in_flight(asked: int | None, vocabulary: int, mesh: Mesh | None) -> int:
+    """Head rows at once on a data shard: ``asked``, or what suits the platform of ``mesh``."""
+    if asked is not None:
+        return asked
+    if platform(mesh) != "cpu":
+        return DEFAULT_CHUNK_TOKENS
+    return max(1, KEPT_ON_CPU // (4 * vocabulary))
 
 
 def predictor_states(
@@ -119,8 +131,12 @@ class _Cut(NamedTuple):
         """
         shards = self.row_shards
         if shards == 1:
+            # As matrices: over three axes the CPU compiler would copy both sides first.
             found = jnp.einsum(
-                "bncd,bncv->dv", states, logit_gradient, preferred_element_type=jnp.float32
+                "rd,rv->dv",
+                states.reshape(-1, states.shape[-1]),
+                logit_gradient.reshape(-1, logit_gradient.shape[-1]),
+                preferred_element_type=jnp.float32,
             )[None]
         else:
             found = jnp.einsum(
@@ -188,8 +204,8 @@ def _token_logprobs_forward(how, hidden, head, tokens):
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
     head = cut.head(head)
 
-    def body(_, piece):
-        states, targets = (cut.to_logits(x) for x in piece)
+    def of_chunk(states, targets):
+        states, targets = cut.to_logits(states), cut.to_logits(targets)
         logits = cut.logits(states, head)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         if cut.vocabulary:
@@ -197,12 +213,17 @@ def _token_logprobs_forward(how, hidden, head, tokens):
             picked = jnp.sum(jnp.where(_is_target(head, targets), logits, 0), axis=-1)
         else:
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return None, tuple(cut.from_logits(x) for x in (picked - normalizer, normalizer))
+        return logits, tuple(cut.from_logits(x) for x in (picked - normalizer, normalizer))
+
+    if chunk == length:
+        # The backward pass begins here: one chunk's logits are kept, not computed again.
+        logits, (logprobs, normalizer) = of_chunk(hidden, tokens)
+        return logprobs, (hidden, head, tokens, normalizer, logits)
 
     pieces = (_to_chunks(hidden, chunk), _to_chunks(tokens, chunk))
-    _, (logprobs, normalizer) = jax.lax.scan(body, None, pieces)
-    logprobs, normalizer = _from_chunks(logprobs, length), _from_chunks(normalizer, length)
-    return logprobs, (hidden, head, tokens, normalizer)
+    _, found = jax.lax.scan(lambda _, piece: (None, of_chunk(*piece)[1]), None, pieces)
+    logprobs, normalizer = (_from_chunks(x, length) for x in found)
+    return logprobs, (hidden, head, tokens, normalizer, None)
 
 
 def _is_target(head, targets):
@@ -212,29 +233,40 @@ def _is_target(head, targets):
 def _token_logprobs_backward(how, residuals, cotangent):
     """``d logits = ct (onehot - softmax)``, a chunk at a time; the head's gradient adds up."""
     chunk_tokens, cut = how
-    hidden, head, tokens, normalizer = residuals
+    hidden, head, tokens, normalizer, kept = residuals
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
+
+    def of_chunk(logits, states, targets, log_z, ct):
+        logits = cut.logits(states, head) if logits is None else logits
+        probabilities = jnp.exp(logits - log_z[..., None])
+        logit_gradient = ct[..., None] * (_is_target(head, targets) - probabilities)
+        logit_gradient = logit_gradient.astype(head.dtype)
+        return cut.head_gradient(states, logit_gradient), cut.state_gradient(logit_gradient, head)
+
+    if kept is not None:
+        pieces = (cut.to_logits(x) for x in (hidden, tokens, normalizer, cotangent))
+        head_gradient, state_gradient = of_chunk(kept, *pieces)
+        return state_gradient, _whole(head_gradient, cut, head.dtype), None
 
     # Differentiated once more (by an unrolled solver), a chunk is recomputed, not kept.
     @jax.checkpoint
     def body(head_gradient, piece):
-        states, targets, log_z, ct = (cut.to_logits(x) for x in piece)
-        probabilities = jnp.exp(cut.logits(states, head) - log_z[..., None])
-        logit_gradient = ct[..., None] * (_is_target(head, targets) - probabilities)
-        logit_gradient = logit_gradient.astype(head.dtype)
-        head_gradient = head_gradient + cut.head_gradient(states, logit_gradient)
-        return head_gradient, cut.state_gradient(logit_gradient, head)
+        found, state_gradient = of_chunk(None, *(cut.to_logits(x) for x in piece))
+        return head_gradient + found, state_gradient
 
     # float32 whatever the head's dtype: thousands of small terms are added here.
     start = jnp.zeros((cut.row_shards, *head.shape), jnp.float32)
     start = constrain(start, cut.mesh, cut.rows, None, cut.vocabulary)
     pieces = tuple(_to_chunks(x, chunk) for x in (hidden, tokens, normalizer, cotangent))
     head_gradient, state_gradient = jax.lax.scan(body, start, pieces)
-    head_gradient = jnp.sum(head_gradient, axis=0)
-    # Back to how parameters lie (DECODER_RULES): the model width over fsdp.
-    head_gradient = constrain(head_gradient, cut.mesh, "fsdp", "tensor")
-    return _from_chunks(state_gradient, length), head_gradient.astype(head.dtype), None
+    return _from_chunks(state_gradient, length), _whole(head_gradient, cut, head.dtype), None
+
+
+def _whole(head_gradient, cut, dtype):
+    """The sum over the shards of rows, back to how parameters lie (DECODER_RULES)."""
+    found = jnp.sum(head_gradient, axis=0)
+    return constrain(found, cut.mesh, "fsdp", "tensor").astype(dtype)
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)

@@ -17,7 +17,12 @@ from jaxtyping import Array, Float
 
 from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
 from spo_jax.losses.contract import PairLogprobs
-from spo_jax.objective.logprobs import scored_mask, states_and_head, token_logprobs
+from spo_jax.objective.logprobs import (
+    rows_in_flight,
+    scored_mask,
+    states_and_head,
+    token_logprobs,
+)
 from spo_jax.types import (
     CHOSEN,
     REJECTED,
@@ -54,8 +59,12 @@ class Terms(NamedTuple):
     statistics: Any = ()
 
 
-def make_logprobs_fn(model: Any, *, chunk_tokens: int) -> LogprobsFn:
-    """Token log-probs ``[B, n, C]`` of a batch in the pair layout, for a ``models.Model``."""
+def make_logprobs_fn(model: Any, *, chunk_tokens: int | None = None) -> LogprobsFn:
+    """Token log-probs ``[B, n, C]`` of a batch in the pair layout, for a ``models.Model``.
+
+    ``chunk_tokens`` are the rows of logits in memory at once (``None``: ``rows_in_flight``).
+    """
+    chunk_tokens = rows_in_flight(chunk_tokens, model.config.vocab_size, model.mesh)
 
     def logprobs(params, batch):
         states, head = states_and_head(model, params, batch)

@@ -18,6 +18,7 @@ from spo_jax.dynamics.probes import Probes
 from spo_jax.dynamics.row_choice import make_probe_set
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
+from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
 from spo_jax.parallel.processes import by_first
 from spo_jax.policies.limits import check_rows
@@ -205,7 +206,9 @@ def make_probes(
         probe_set,
         seed=config.seed,
         mesh=mesh,
-        chunk_tokens=config.model.logprob_chunk,
+        chunk_tokens=rows_in_flight(
+            config.model.logprob_chunk, start.model.config.vocab_size, mesh
+        ),
         frozen_in_batch=config.reference.mode == "precomputed",
         reference=None if config.reference.mode == "none" else reference,
     )

@@ -16,6 +16,7 @@ from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss, make_preference_loss
 from spo_jax.models import Model
 from spo_jax.objective import Objective, make_logprobs_fn, make_objective
+from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, check_batch_size, sharded_shapes
 from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
@@ -120,7 +121,8 @@ def pair_objective(
 def _objective(
     config: Config, model: Model, mesh: Mesh, loop: LoopConfig, **options: Any
 ) -> Objective:
-    chunk = config.model.logprob_chunk * batch_shards(mesh)
+    chunk = rows_in_flight(config.model.logprob_chunk, model.config.vocab_size, mesh)
+    chunk *= batch_shards(mesh)
     logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
     return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
 

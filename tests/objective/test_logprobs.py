@@ -1,11 +1,19 @@
 """Chunked log-probs against log_softmax, values and gradients; nothing as large as the logits."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.objective.logprobs import predictor_states, scored_mask, token_logprobs, token_spread
+from spo_jax.objective.logprobs import (
+    predictor_states,
+    rows_in_flight,
+    scored_mask,
+    token_logprobs,
+    token_spread,
+)
 from spo_jax.types import CompletionBatch
 
 
@@ -43,7 +51,8 @@ def test_equals_log_softmax_in_values_and_gradients(chunk_tokens):
 
 
 @pytest.mark.slow
-def test_second_derivatives():
+@pytest.mark.parametrize("chunk_tokens", [12, 10_000])
+def test_second_derivatives(chunk_tokens):
     """Unrolled solvers differentiate a gradient."""
     hidden, head, tokens = inputs()
 
@@ -53,7 +62,9 @@ def test_second_derivatives():
 
         return lambda w: jnp.sum(jax.grad(loss)(w) ** 2)
 
-    chunked = jax.grad(norm_of_gradient(lambda *a: token_logprobs(*a, chunk_tokens=12)))(head)
+    chunked = jax.grad(norm_of_gradient(lambda *a: token_logprobs(*a, chunk_tokens=chunk_tokens)))(
+        head
+    )
     np.testing.assert_allclose(
         chunked, jax.grad(norm_of_gradient(plain))(head), rtol=1e-4, atol=1e-4
     )
@@ -87,6 +98,18 @@ def test_no_buffer_holds_all_logits():
     from tests.hlo import largest_array_elements
 
     assert largest_array_elements(text) < batch * branches * length * vocabulary / 4
+
+
+@pytest.mark.parametrize(("chunk_tokens", "products"), [(16, 4), (10_000, 3)])
+def test_what_fits_into_one_chunk_is_computed_once(chunk_tokens, products):
+    """Logits, and both gradients; over several chunks the logits a second time."""
+    hidden, head, tokens = inputs()
+
+    def loss(h, w):
+        return jnp.sum(token_logprobs(h, w, tokens, chunk_tokens=chunk_tokens))
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, head).compile().as_text()
+    assert text.count(" dot(") == products
 
 
 def batch_of(prompt_mask, completion_mask):
@@ -132,3 +155,11 @@ def test_spread_of_a_certain_token_is_finite():
     entropy, mass = token_spread(1e4 * hidden, head, top_k=1)
     np.testing.assert_allclose(entropy, 0, atol=1e-6)
     np.testing.assert_allclose(mass, 1, rtol=1e-6)
+
+
+def test_rows_in_flight_are_those_asked_for_or_what_suits_the_platform():
+    assert rows_in_flight(7, 32_000, None) == 7
+    assert rows_in_flight(None, 32_000, None) == 2**29 // (4 * 32_000)  # on a CPU
+    assert rows_in_flight(None, 2**40, None) == 1
+    described = jax.sharding.Mesh(np.asarray([SimpleNamespace(platform="tpu", id=0)]), ("data",))
+    assert rows_in_flight(None, 32_000, described) == 2048

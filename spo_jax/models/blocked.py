@@ -1,0 +1,99 @@
+"""Attention over the pair layout a block of queries at a time: no score matrix is ever whole.
+
+On a processor without a fused kernel, memory traffic costs more than arithmetic. Each block of
+queries meets only the keys that it may see (causality halves the products, and the prompt is
+computed once for all completions), and its scores are computed again in the backward pass
+instead of being kept: FlashAttention's trade (Dao et al., arXiv 2205.14135) in ordinary operations,
+which can be differentiated any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+BLOCK = 128
+"""Queries in a block; more where a sequence would have more than ``MOST_BLOCKS``."""
+MOST_BLOCKS = 16
+
+
+class _Block(NamedTuple):
+    """Queries ``[start, stop)`` of a branch, and the first key they see, by place in the branch."""
+
+    branch: int
+    start: int
+    stop: int
+    first: int
+
+
+def _blocks(prompt: int, branches: int, completion: int, window: Any) -> Iterator[_Block]:
+    """The prompt's blocks (branch 0), then each branch's, in packed order."""
+    size = max(BLOCK, -(-(prompt + completion) // MOST_BLOCKS))
+    sees = window if isinstance(window, int) else prompt + completion
+    parts = [(0, 0, prompt), *((b, prompt, prompt + completion) for b in range(branches))]
+    for branch, begin, end in parts:
+        for start in range(begin, end, size):
+            yield _Block(branch, start, min(start + size, end), max(0, start - sees + 1))
+
+
+def blocked_attention(
+    q: Float[Array, "B packed H d"],
+    k: Float[Array, "B packed K d"],
+    v: Float[Array, "B packed K d"],
+    real: Bool[Array, "B P"],
+    branches: int,
+    window: Any,
+) -> Float[Array, "B packed H d"]:
+    """Causal attention of prompts and of ``branches`` completions that each continue the prompt.
+
+    ``real`` marks the prompts' tokens; padding on their left sees padding only. ``window`` is as
+    in ``attention.Window``.
+    """
+    batch, packed, heads, width = q.shape
+    groups = k.shape[2]
+    prompt = real.shape[1]
+    completion = (packed - prompt) // branches
+    dtype = q.dtype
+    if dtype == jnp.float16:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    q = q.reshape(batch, packed, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+
+    def keys_of(x: Any, block: _Block) -> Any:
+        """Along the branch: the prompt's, then the branch's own."""
+        ahead = block.branch * completion
+        if not ahead:
+            return x[:, :, block.first : block.stop]
+        own = x[:, :, max(block.first, prompt) + ahead : block.stop + ahead]
+        return jnp.concatenate([x[:, :, block.first : prompt], own], axis=2)
+
+    @jax.checkpoint
+    def attend(q, k, v, mask):
+        scores = jnp.einsum("bkgqd,bktd->bkgqt", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * width**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgqt,bktd->bkgqd", weights, v)
+
+    # By place in a branch: what is behind the prompt is real.
+    real = jnp.concatenate([real, jnp.ones((batch, completion), bool)], axis=1)
+    found = []
+    for block in _blocks(prompt, branches, completion, window):
+        ahead = block.branch * completion
+        mask = real[:, block.start : block.stop, None] == real[:, None, block.first : block.stop]
+        mask &= _seen(block, window)
+        queries = q[:, :, :, block.start + ahead : block.stop + ahead]
+        found.append(attend(queries, keys_of(k, block), keys_of(v, block), mask))
+    out = jnp.concatenate(found, axis=3).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, packed, heads, width).astype(dtype)
+
+
+def _seen(block: _Block, window: Any) -> Any:
+    query = np.arange(block.start, block.stop)[:, None]
+    key = np.arange(block.first, block.stop)[None]
+    seen = key <= query
+    return seen if window is None else seen & (query - key < window)
