@@ -64,12 +64,12 @@ def make_logprobs_fn(model: Any, *, chunk_tokens: int | None = None) -> Logprobs
 
     ``chunk_tokens`` are the rows of logits in memory at once (``None``: ``rows_in_flight``).
     """
-    chunk_tokens = rows_in_flight(chunk_tokens, model.config.vocab_size, model.mesh)
 
     def logprobs(params, batch):
         states, head = states_and_head(model, params, batch)
         tokens = batch.completion_tokens
-        return token_logprobs(states, head, tokens, chunk_tokens=chunk_tokens, mesh=model.mesh)
+        rows = rows_in_flight(chunk_tokens, head.shape[1], model.mesh)
+        return token_logprobs(states, head, tokens, chunk_tokens=rows, mesh=model.mesh)
 
     return logprobs
 

@@ -1,7 +1,5 @@
 """Chunked log-probs against log_softmax, values and gradients; nothing as large as the logits."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from spo_jax.objective.logprobs import (
     token_spread,
 )
 from spo_jax.types import CompletionBatch
+from tests.models.test_splash import mesh_of
 
 
 def inputs(batch=3, branches=2, length=7, width=8, vocabulary=11, dtype=jnp.float32):
@@ -161,5 +160,4 @@ def test_rows_in_flight_are_those_asked_for_or_what_suits_the_platform():
     assert rows_in_flight(7, 32_000, None) == 7
     assert rows_in_flight(None, 32_000, None) == 2**29 // (4 * 32_000)  # on a CPU
     assert rows_in_flight(None, 2**40, None) == 1
-    described = jax.sharding.Mesh(np.asarray([SimpleNamespace(platform="tpu", id=0)]), ("data",))
-    assert rows_in_flight(None, 32_000, described) == 2048
+    assert rows_in_flight(None, 32_000, mesh_of("tpu")) == 2048
