@@ -58,6 +58,8 @@ SIDES = {
 MORE_SIDES = {
     "ours remat": Side("ours", {"reference": "precomputed", "remat": "full"}),
     "ours lean": Side("ours", {"reference": "precomputed", "remat": "dots_no_batch"}),
+    "ours chunked": Side("ours", {"reference": "precomputed", "chunk_tokens": 2048}),
+    "ours xla": Side("ours", {"reference": "precomputed", "attention": "xla"}),
     "TRL online": Side("trl", {"config": {"gradient_checkpointing": False}}),
     "TRL precomputed": Side("trl", {"config": {"precompute_ref_log_probs": True}}),
     "TRL compiled": Side("trl", {"config": {**_TRL_BEST, "torch_compile": True}}),
@@ -66,7 +68,12 @@ MORE_SIDES = {
 """More for ``--sides``: each differs in one setting from a side above."""
 
 DEFAULTS = {
-    "ours": {"solver": "preference_only", "chunk_tokens": None, "remat": "none"},
+    "ours": {
+        "solver": "preference_only",
+        "chunk_tokens": None,
+        "remat": "none",
+        "attention": "auto",
+    },
     "trl": {},
     "tunix": {"remat": "NONE"},
 }

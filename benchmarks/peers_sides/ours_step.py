@@ -27,7 +27,8 @@ from spo_jax import (
 )
 
 job = measure.read_job()
-model = load_model(job.model, Execution(compute_dtype=job.dtype, remat=job.remat))
+execution = Execution(compute_dtype=job.dtype, remat=job.remat, attention=job.attention)
+model = load_model(job.model, execution)
 params = load_params(job.model, model)
 logprobs = make_logprobs_fn(model, chunk_tokens=job.chunk_tokens)
 rows = measure.read_rows(job)

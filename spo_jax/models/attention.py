@@ -147,7 +147,7 @@ def choose_kernel(
             return xla_attention
     elif name != "splash":
         return {"xla": xla_attention, "cudnn": cudnn_attention}[name]
-    # Where it does not run it is not imported: Pallas takes half a second.
+    # Where it does not run it is not imported: Pallas is slow to.
     from spo_jax.models.splash import BLOCKS, splash_attention
 
     if name == "auto" and length < BLOCKS[-1]:
