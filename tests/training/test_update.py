@@ -1,13 +1,27 @@
 """An update that is not finite is not applied: whatever the solver, nothing of it stays."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from spo_jax import (
+    CompletionBatch,
+    init_state,
+    jit_step,
+    make_logprobs_fn,
+    make_objective,
+    make_penalty,
+    make_preference_loss,
+    make_train_step,
+)
+from spo_jax.models import init_model
 from spo_jax.solvers import SOLVERS
 from spo_jax.types import BilevelBatch
+from tests.tiny import ARCHITECTURE
 from tests.training.test_solvers_on_models import KEY, PARAMS, batch_of, make_step
 
 
@@ -143,3 +157,19 @@ def test_finite_norms_bound_every_moment(name):
             assert all_finite((params, state)), size
     assert let_through[:3] == [1.0, 1e10, 1e17]
     assert 1e25 not in let_through
+
+
+def test_the_step_copies_nothing_of_the_state_it_is_given():
+    """The new state takes its buffers; what is read after that would be copied first."""
+    model = init_model({**ARCHITECTURE, "vocab_size": 32})
+    objective = make_objective(make_logprobs_fn(model), make_preference_loss("dpo", beta=0.1))
+    solver = make_penalty(outer=optax.adamw(1e-3))
+    step = jit_step(make_train_step(objective, solver, schedule=optax.constant_schedule(1e-3)))
+    state = jax.eval_shape(
+        lambda key: init_state(solver, objective, model.init(key), key), jax.random.PRNGKey(0)
+    )
+    ids, real = jnp.ones((2, 2, 3), jnp.int32), jnp.ones((2, 2, 3), bool)
+    pairs = CompletionBatch(ids[:, 0], real[:, 0], ids, real, jnp.arange(2), jnp.zeros((2, 2)))
+    text = step.lower(state, BilevelBatch(pairs)).compile().as_text()
+    copied = re.findall(r"copy\(%?(state_solver\w*)", text)
+    assert not [name for name in copied if "embed" in name or "kernel" in name]
