@@ -25,7 +25,9 @@ from spo_jax.models import (
     resolve_model_folder,
 )
 from spo_jax.models.folders import files_to_carry, read_object
-from spo_jax.parallel.mesh import sharded_shapes, tree_shardings
+from spo_jax.objective.levels import LogprobsFn, make_logprobs_fn
+from spo_jax.objective.logprobs import rows_in_flight
+from spo_jax.parallel.mesh import batch_shards, sharded_shapes, tree_shardings
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.folder_news import (
     check_json_files,
@@ -96,6 +98,12 @@ def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
         attention=config.attention,
         mesh=mesh,
     )
+
+
+def token_logprobs_of(config: ModelConfig, model: Model, mesh: Mesh) -> LogprobsFn:
+    """Token log-probs under ``model``, as many rows of logits at once as the model section says."""
+    rows = rows_in_flight(config.logprob_chunk, model.config.vocab_size, mesh)
+    return make_logprobs_fn(model, chunk_tokens=rows * batch_shards(mesh))
 
 
 def load_policy(

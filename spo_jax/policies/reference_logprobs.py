@@ -15,10 +15,10 @@ from spo_jax.config.schema import Config
 from spo_jax.data import LengthBuckets, TokenizedRows, eval_batches
 from spo_jax.data.reference import fingerprint, load_or_precompute, precompute
 from spo_jax.models import Model
-from spo_jax.objective.levels import completion_logprobs, make_logprobs_fn
-from spo_jax.objective.logprobs import rows_in_flight
+from spo_jax.objective.levels import completion_logprobs
 from spo_jax.parallel.mesh import batch_shards, place_batch, replicated
 from spo_jax.parallel.processes import say
+from spo_jax.policies.loading import token_logprobs_of
 from spo_jax.policies.rows import round_up
 from spo_jax.types import Params
 
@@ -31,9 +31,7 @@ def make_reference_logprobs(
     Made once for all data sets: they share the parameters' fingerprint and what is compiled.
     """
     policy = (params_fingerprint(params), str(model.config), config.model.compute_dtype)
-    chunk = rows_in_flight(config.model.logprob_chunk, model.config.vocab_size, mesh)
-    chunk *= batch_shards(mesh)
-    logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
+    logprobs = token_logprobs_of(config.model, model, mesh)
     cache = Path(config.reference.cache_dir or default_cache_dir())
     first = jax.process_index() == 0
 

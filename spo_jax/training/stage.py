@@ -15,9 +15,9 @@ from spo_jax.config.choices import loss_function, solver_uses
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss, make_preference_loss
 from spo_jax.models import Model
-from spo_jax.objective import Objective, make_logprobs_fn, make_objective
-from spo_jax.objective.logprobs import rows_in_flight
-from spo_jax.parallel.mesh import batch_shards, check_batch_size, sharded_shapes
+from spo_jax.objective import Objective, make_objective
+from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
+from spo_jax.policies.loading import token_logprobs_of
 from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
 from spo_jax.types import Params, TrainState
@@ -121,9 +121,7 @@ def pair_objective(
 def _objective(
     config: Config, model: Model, mesh: Mesh, loop: LoopConfig, **options: Any
 ) -> Objective:
-    chunk = rows_in_flight(config.model.logprob_chunk, model.config.vocab_size, mesh)
-    chunk *= batch_shards(mesh)
-    logprobs = make_logprobs_fn(model, chunk_tokens=chunk)
+    logprobs = token_logprobs_of(config.model, model, mesh)
     return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
 
 
