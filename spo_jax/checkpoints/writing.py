@@ -26,6 +26,19 @@ def tree_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+LEAST_SLICE = 2**18
+"""Bytes that a device writes at least where several hold a copy of an array and share it out."""
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's own, which would cut every array over its copies: of small ones, hundreds of slices
+    that the training loop waits for."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SLICE)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    )
+
+
 class Checkpoints(CheckpointReader):
     """The checkpoints of the run that goes on in this folder.
 
@@ -45,6 +58,7 @@ class Checkpoints(CheckpointReader):
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "data", "run"),
+            item_handlers={"state": _state_handler()},
         )
 
     def save(self, step: int, state: Any, data: dict[str, Any], run: dict[str, Any]) -> None:

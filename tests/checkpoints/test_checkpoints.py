@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from spo_jax.checkpoints import (
     CheckpointError,
@@ -354,3 +355,23 @@ def test_the_reference_is_written_once(tmp_path, monkeypatch):
     found = load_reference(tmp_path, like)
     assert_same(found, toy(1).solver.params)
     assert found["embed"].sharding == like["embed"].sharding
+
+
+def test_only_large_arrays_are_shared_out_over_their_copies(tmp_path):
+    """Each slice of a small one is a call that the loop waits for."""
+    mesh = make_mesh(data=8)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sizes = {"small": (64, 64), "large": (1024, 512)}  # 16 KiB, 2 MiB
+    state = {name: jax.device_put(jnp.ones(shape), whole) for name, shape in sizes.items()}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, POSITION, {})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1" / "state"
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/"}
+    written = {
+        name: ts.open({"driver": "zarr", "kvstore": {**kvstore, "path": f"{name}/"}})
+        .result()
+        .chunk_layout.write_chunk.shape
+        for name in sizes
+    }
+    assert written == {"small": (64, 64), "large": (128, 512)}
