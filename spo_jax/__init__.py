@@ -20,7 +20,8 @@ logging.getLogger("transformers").addFilter(
 
 _PUBLIC = {
     "spo_jax.types": (
-        "BilevelBatch CompletionBatch PreferenceBatch PreferenceRow SFTBatch SFTRow TrainState"
+        "BilevelBatch CompletionBatch PreferenceBatch PreferenceRow SFTBatch SFTRow Segments "
+        "TrainState"
     ),
     "spo_jax.losses": (
         "LOSSES PairLogprobs make_preference_loss dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "

@@ -1,8 +1,9 @@
 """The words of the library as types: rows, batches and the array aliases.
 
 Letters used in shapes everywhere: ``B`` rows, ``n`` completions of a row (1 for
-SFT, 2 for a pair), ``P`` prompt length, ``C`` completion length, ``T`` tokens,
-``V`` vocabulary, ``D`` model width, ``H`` heads, ``K`` key/value heads.
+SFT, 2 for a pair), ``S`` most examples of a packed row, ``P`` prompt length, ``C``
+completion length, ``T`` tokens, ``V`` vocabulary, ``D`` model width, ``H`` heads,
+``K`` key/value heads.
 """
 
 from __future__ import annotations
@@ -38,6 +39,17 @@ class SFTRow(NamedTuple):
     pieces: tuple[tuple[str, bool], ...]
 
 
+class Segments(NamedTuple):
+    """The lengths of the up to ``S`` examples that a packed row holds; 0 for free places.
+
+    Their prompts stand one behind the other, and in every branch their completions in the same
+    order. A prompt may be empty, a completion has at least one token.
+    """
+
+    prompt_lengths: Int[Array, "B S"]
+    completion_lengths: Int[Array, "B n S"]
+
+
 class CompletionBatch(NamedTuple):
     """``B`` prompts with ``n`` completions each, in the pair layout.
 
@@ -47,14 +59,19 @@ class CompletionBatch(NamedTuple):
     ``row_ids`` is the row's index in its data set, or -1 for a filler row, which
     completes a last batch and weighs nothing. ``reference_logprobs`` are the
     completions' summed log-probs under the frozen reference, or ``None``.
+
+    With ``segments`` a row is packed: it holds up to ``S`` examples, their prompts together
+    right-aligned in ``P``, their completions in ``C``. ``row_ids`` is then ``[B, S]`` and
+    ``reference_logprobs`` ``[B, S, n]``; free places are fillers.
     """
 
     prompt_tokens: Int[Array, "B P"]
     prompt_mask: Bool[Array, "B P"]
     completion_tokens: Int[Array, "B n C"]
     completion_mask: Bool[Array, "B n C"]
-    row_ids: Int[Array, "B"]
-    reference_logprobs: Float[Array, "B n"] | None = None
+    row_ids: Int[Array, "B *S"]
+    reference_logprobs: Float[Array, "B *S n"] | None = None
+    segments: Segments | None = None
 
 
 PreferenceBatch: TypeAlias = CompletionBatch

@@ -64,7 +64,7 @@ class Bigram:
         pairs = zip(shapes.items(), keys, strict=True)
         return {name: jax.random.normal(key, shape) for (name, shape), key in pairs}
 
-    def hidden(self, params, prompt_tokens, prompt_mask, completion_tokens):
+    def hidden(self, params, prompt_tokens, prompt_mask, completion_tokens, segments=None):
         def states(tokens):
             return jnp.tanh(params["embed"][tokens] @ params["mix"])
 

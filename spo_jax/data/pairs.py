@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spo_jax.data.tokenize import TokenizedRows
-from spo_jax.types import CompletionBatch
+from spo_jax.types import CompletionBatch, Segments
 
 FILLER = -1
 """The row id of a row that only fills up a batch."""
@@ -14,7 +14,7 @@ FILLER = -1
 
 def rows_to_batch(
     rows: TokenizedRows,
-    indices: Int[np.ndarray, "B"],
+    indices: Int[np.ndarray, "B *S"],
     *,
     prompt_length: int,
     completion_length: int,
@@ -23,7 +23,8 @@ def rows_to_batch(
     """Lay out rows as numpy arrays: prompts right-aligned in P, completions left-aligned in C.
 
     ``indices`` are positions in ``rows`` and become ``row_ids``; ``FILLER`` gives a row of
-    padding that scores nothing. ``reference_logprobs`` is looked up by the same positions.
+    padding that scores nothing. ``[B, S]`` of them give packed rows, each of up to ``S`` of
+    ``rows`` end to end. ``reference_logprobs`` is looked up by the same positions.
 
     Raises ``ValueError`` for a row that is longer than P or C, and ``IndexError`` for an index
     that is neither a position nor ``FILLER``.
@@ -33,34 +34,51 @@ def rows_to_batch(
         raise IndexError(f"row indices must lie in [-1, {size}), got {indices}")
     real = indices != FILLER
     at = np.where(real, indices, 0)
-    prompt_lengths = np.where(real, rows.prompt_lengths[at], 0)
-    lengths = np.where(real[:, None], rows.completion_lengths[at], 0)
+    # By row, branch and place: a prompt is a branch of its own.
+    by_place = indices.reshape(len(indices), -1).shape
+    prompt_lengths = np.where(real, rows.prompt_lengths[at], 0).reshape(by_place)[:, None]
+    lengths = np.where(real[..., None], rows.completion_lengths[at], 0)
+    lengths = lengths.reshape(*by_place, n).swapaxes(1, 2)
     _check_lengths(indices, prompt_lengths, prompt_length, "prompt")
-    _check_lengths(indices, lengths.max(axis=1, initial=0), completion_length, "completion")
+    _check_lengths(indices, lengths, completion_length, "completion")
 
-    column = np.arange(prompt_length)[None, :] - (prompt_length - prompt_lengths[:, None])
-    prompt_mask = column >= 0
-    prompt_tokens = _gather(rows.prompt_ids, rows.prompt_offsets[at, None] + column, prompt_mask)
-    column = np.arange(completion_length)
-    present = column < lengths[..., None]
-    start = rows.completion_offsets[at[:, None] * n + np.arange(n)]
-    place = start[..., None] + column
+    starts = rows.prompt_offsets[at].reshape(by_place)[:, None]
+    prompts = _end_to_end(starts, prompt_lengths, prompt_length, right=True)
+    first = rows.completion_offsets[at.reshape(by_place)[:, None] * n + np.arange(n)[:, None]]
+    completions = _end_to_end(first, lengths, completion_length, right=False)
+    prompt_mask = prompts[:, 0] >= 0
+    segments = Segments(prompt_lengths[:, 0].astype(np.int32), lengths.astype(np.int32))
     return CompletionBatch(
-        prompt_tokens=np.where(prompt_mask, prompt_tokens, rows.pad_id).astype(np.int32),
+        prompt_tokens=_gather(rows.prompt_ids, prompts[:, 0], rows.pad_id).astype(np.int32),
         prompt_mask=prompt_mask,
-        completion_tokens=np.where(
-            present, _gather(rows.completion_ids, place, present), rows.pad_id
-        ).astype(np.int32),
-        completion_mask=present & _gather(rows.completion_mask, place, present),
+        completion_tokens=_gather(rows.completion_ids, completions, rows.pad_id).astype(np.int32),
+        completion_mask=_gather(rows.completion_mask, completions, False),
         row_ids=indices.astype(np.int32),
         reference_logprobs=_look_up(reference_logprobs, at, real, (size, n)),
+        segments=segments if indices.ndim == 2 else None,
     )
 
 
-def _gather(flat: np.ndarray, place: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def _end_to_end(
+    starts: Int[np.ndarray, "B n S"], lengths: Int[np.ndarray, "B n S"], width: int, *, right: bool
+) -> Int[np.ndarray, "B n width"]:
+    """Texts of a branch one behind the other: of each place, where its token stands; else -1."""
+    ends = np.cumsum(lengths, axis=-1)
+    places = ends - lengths + (width - ends[..., -1:] if right else 0)
+    places = places + np.arange(places[..., 0].size).reshape(*places.shape[:-1], 1) * width
+    tokens = lengths.ravel()
+    within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+    found = np.full((*lengths.shape[:-1], width), -1)
+    found.ravel()[np.repeat(places.ravel(), tokens) + within] = (
+        np.repeat(starts.ravel(), tokens) + within
+    )
+    return found
+
+
+def _gather(flat: np.ndarray, places: np.ndarray, padding: int | bool) -> np.ndarray:
     if not flat.size:
-        return np.zeros(place.shape, flat.dtype)
-    return flat[np.where(valid, place, 0)]
+        return np.full(places.shape, padding, flat.dtype)
+    return np.where(places < 0, padding, flat[places])
 
 
 def _look_up(
@@ -73,14 +91,21 @@ def _look_up(
             f"reference_logprobs has shape {values.shape}, the rows need {shape}: "
             "compute it anew for these rows"
         )
-    return np.where(real[:, None], values[at], 0).astype(np.float32)
+    return np.where(real[..., None], values[at], 0).astype(np.float32)
 
 
 def _check_lengths(indices: np.ndarray, lengths: np.ndarray, most: int, what: str) -> None:
-    long = np.flatnonzero(lengths > most)
-    if long.size:
+    together = lengths.sum(axis=-1).max(axis=-1, initial=0)
+    long = np.flatnonzero(together > most)
+    if not long.size:
+        return
+    row, tokens = indices[long[0]], together[long[0]]
+    if indices.ndim == 1:
         raise ValueError(
-            f"row {indices[long[0]]}: a {what} of {lengths[long[0]]} tokens does not fit into "
-            f"{what}_length={most}: choose a larger bucket, or tokenise with "
-            f"max_{what}_length={most}"
+            f"row {row}: a {what} of {tokens} tokens does not fit into {what}_length={most}: "
+            f"choose a larger bucket, or tokenise with max_{what}_length={most}"
         )
+    raise ValueError(
+        f"rows {[int(i) for i in row if i != FILLER]}: {what}s of {tokens} tokens together do not "
+        f"fit into {what}_length={most}: pack fewer, or give more room"
+    )

@@ -12,6 +12,8 @@ import numpy as np
 
 from spo_jax.objective.levels import Denominators, LogprobsFn, Objective, Terms
 from spo_jax.objective.logprobs import scored_mask
+from spo_jax.objective.packed_rows import sum_by_example
+from spo_jax.objective.terms import example_ids
 from spo_jax.parallel.processes import gathered
 from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
@@ -67,8 +69,9 @@ def row_logprobs(
     @jax.jit
     def compute(params, batch):
         mask = scored_mask(batch)
-        sums = jnp.sum(jnp.where(mask, logprobs(params, batch), 0), axis=-1)
-        return batch.row_ids, sums, jnp.sum(mask, axis=-1)
+        scored = jnp.where(mask, logprobs(params, batch), 0)
+        sums, lengths = (sum_by_example(x, batch.segments) for x in (scored, mask))
+        return example_ids(batch), sums, lengths
 
     found = [jax.device_get(compute(params, place(batch))) for batch in batches]
     ids, sums, lengths = (np.concatenate(x) for x in zip(*found, strict=True))

@@ -66,8 +66,11 @@ def merge_branches(
     return jnp.concatenate([view[:, 0, :P], completions], axis=1)
 
 
-Kernel: TypeAlias = Callable[[Any, Any, Any, Any, Window], Any]
-"""``(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d], segment_ids [B,T], window) -> [B,T,H,d]``, causal."""
+Kernel: TypeAlias = Callable[..., Any]
+"""``(q [B,T,H,d], k [B,T,K,d], v [B,T,K,d], segment_ids [B,T], window) -> [B,T,H,d]``, causal.
+
+``xla_attention`` and ``cudnn_attention`` also take ``positions [B,T]`` for ``window`` to count in.
+"""
 
 
 def xla_attention(
@@ -76,11 +79,12 @@ def xla_attention(
     v: Float[Array, "B T K d"],
     segment_ids: Int[Array, "B T"],
     window: Window,
+    positions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Causal attention within segments, written in XLA operations; runs everywhere."""
     mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     if window is not None:
-        mask &= _within(q.shape[1], window)
+        mask &= _within(q.shape[1], window, positions)
     dtype = q.dtype
     if dtype == jnp.float16:
         # XLA's 16-bit kernel asks for a dot product that CPU and TPU do not have.
@@ -96,14 +100,15 @@ def cudnn_attention(
     v: Float[Array, "B T K d"],
     segment_ids: Int[Array, "B T"],
     window: Window,
+    positions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Causal attention within segments by cuDNN's flash kernel; 16-bit inputs on NVIDIA GPUs."""
     mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     local = None
-    if isinstance(window, int):
+    if isinstance(window, int) and positions is None:
         local = (window - 1, 0)  # left, right: cuDNN skips what lies outside a static window
     elif window is not None:
-        mask &= _within(q.shape[1], window)
+        mask &= _within(q.shape[1], window, positions)
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -125,19 +130,28 @@ def in_blocks(name: str, mesh: Mesh | None) -> bool:
 
 
 def choose_kernel(
-    name: str, dtype: Any, head_dim: int, length: int, window: Window, mesh: Mesh | None
+    name: str,
+    dtype: Any,
+    head_dim: int,
+    length: int,
+    window: Window,
+    mesh: Mesh | None,
+    *,
+    packed: bool = False,
 ) -> Kernel:
     """Return the kernel called ``name``; ``auto`` takes the platform's own where it serves.
 
     That is cuDNN on GPU and splash on TPU, XLA where these do not serve. The platform is that of
     the devices of ``mesh``, which may be described and not there. ``blocked_attention`` knows the
-    pair layout and is no kernel: see ``in_blocks``.
+    pair layout and is no kernel: see ``in_blocks``. In ``packed`` rows a window is counted in
+    positions.
 
     Raises:
-        ValueError: ``splash`` for windows that differ from layer to layer, or on a GPU.
+        ValueError: ``splash`` for windows that differ from layer to layer, or in packed rows, or
+            on a GPU.
     """
     backend = platform(mesh)
-    static = window is None or isinstance(window, int)
+    static = window is None or (isinstance(window, int) and not packed)
     if name == "auto":
         # cuDNN wants a head that is a multiple of 8 and, with a mask in training, an even length.
         half = jnp.dtype(dtype).itemsize == 2
@@ -154,8 +168,9 @@ def choose_kernel(
         return xla_attention
     if not static:
         raise ValueError(
-            "attention='splash' with sliding windows in some layers only: its mask is compiled "
-            "in, and the layers share one program; use attention='auto' or 'xla'"
+            "attention='splash' with sliding windows in some layers only, or in packed rows: its "
+            "mask is compiled in, and layers and rows share one program; use attention='auto' or "
+            "'xla', or no packing"
         )
     if backend not in ("tpu", "cpu"):
         raise ValueError(
@@ -165,31 +180,42 @@ def choose_kernel(
     return with_second_derivative(splash, xla_attention)
 
 
-def _within(length: int, window: Window) -> Bool[Array, "1 T T"]:
-    index = jnp.arange(length)
-    return (index[:, None] - index[None, :] < window)[None]
+def _within(length: int, window: Window, positions: Any) -> Bool[Array, "#B T T"]:
+    index = jnp.arange(length)[None] if positions is None else positions
+    return index[:, :, None] - index[:, None, :] < window
 
 
 class BranchAttention(flax.struct.PyTreeNode):
     """Each branch attends to its prompt and to itself, never to another branch.
 
     ``segment_ids`` of the ``[B*n, P+C]`` view: 1 for tokens, 0 for prompt padding, which
-    attends to itself only, so that no softmax row is empty.
+    attends to itself only, so that no softmax row is empty. Packed rows have examples 1, 2, ...,
+    0 for all padding, and ``positions``, in which windows are counted.
     """
 
     segment_ids: Int[Array, "Bn T"]
     layout: Layout = flax.struct.field(pytree_node=False)
     kernel: str = flax.struct.field(pytree_node=False)
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
+    positions: Int[Array, "Bn T"] | None = None
 
     def attend(self, q: Any, k: Any, v: Any, window: Window, cached: None) -> tuple[Any, None]:
         """Return the packed ``[B, P + n*C, H, d]`` outputs, and nothing to keep."""
+        ids, positions, layout = self.segment_ids, self.positions, self.layout
+        packed = positions is not None
         if in_blocks(self.kernel, self.mesh):
-            real = self.segment_ids[:: self.layout.branches, : self.layout.prompt] > 0
-            return blocked_attention(q, k, v, real, self.layout.branches, window), None
-        q, k, v = (split_branches(x, self.layout) for x in (q, k, v))
-        kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
-        return merge_branches(kernel(q, k, v, self.segment_ids, window), self.layout), None
+            ids = ids.reshape(-1, layout.branches, ids.shape[1])
+            if packed:
+                positions = positions.reshape(ids.shape)
+            else:
+                ids = ids[:, :1] > 0  # the same in all branches
+            return blocked_attention(q, k, v, ids, positions, layout, window), None
+        q, k, v = (split_branches(x, layout) for x in (q, k, v))
+        kernel = choose_kernel(
+            self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh, packed=packed
+        )
+        more = {"positions": positions} if packed and window is not None else {}
+        return merge_branches(kernel(q, k, v, ids, window, **more), layout), None
 
 
 class PrefillAttention(flax.struct.PyTreeNode):
@@ -204,7 +230,8 @@ class PrefillAttention(flax.struct.PyTreeNode):
     ) -> tuple[Any, tuple[Any, Any]]:
         """Return the outputs ``[B, P, H, d]`` and the prompt's keys and values."""
         if in_blocks(self.kernel, self.mesh):
-            return blocked_attention(q, k, v, self.segment_ids > 0, 1, window), (k, v)
+            ids, layout = self.segment_ids[:, None] > 0, Layout(q.shape[1], 1, 0)
+            return blocked_attention(q, k, v, ids, None, layout, window), (k, v)
         kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return kernel(q, k, v, self.segment_ids, window), (k, v)
 

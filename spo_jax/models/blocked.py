@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 BLOCK = 128
 """Queries in a block; more where a sequence would have more than ``MOST_BLOCKS``."""
@@ -45,19 +45,20 @@ def blocked_attention(
     q: Float[Array, "B packed H d"],
     k: Float[Array, "B packed K d"],
     v: Float[Array, "B packed K d"],
-    real: Bool[Array, "B P"],
-    branches: int,
+    segment_ids: Shaped[Array, "B #n T"],
+    positions: Int[Array, "B n T"] | None,
+    layout: tuple[int, int, int],
     window: Any,
 ) -> Float[Array, "B packed H d"]:
-    """Causal attention of prompts and of ``branches`` completions that each continue the prompt.
+    """Causal attention of prompts and of completions that each continue the prompt.
 
-    ``real`` marks the prompts' tokens; padding on their left sees padding only. ``window`` is as
-    in ``attention.Window``.
+    ``layout`` is ``attention.Layout``; ``segment_ids`` and ``positions`` are by place in a branch,
+    ids of one branch stand for all. A token sees tokens of its own segment only. ``window`` is as
+    in ``attention.Window``, counted in ``positions`` where they are given, else in places.
     """
+    prompt, branches, completion = layout
     batch, packed, heads, width = q.shape
     groups = k.shape[2]
-    prompt = real.shape[1]
-    completion = (packed - prompt) // branches
     dtype = q.dtype
     if dtype == jnp.float16:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -72,6 +73,17 @@ def blocked_attention(
         own = x[:, :, max(block.first, prompt) + ahead : block.stop + ahead]
         return jnp.concatenate([x[:, :, block.first : prompt], own], axis=2)
 
+    def seen(block: _Block) -> Any:
+        """Whether a query of the block sees a key of ``keys_of``."""
+        ids = segment_ids[:, min(block.branch, segment_ids.shape[1] - 1)]
+        mask = ids[:, block.start : block.stop, None] == ids[:, None, block.first : block.stop]
+        mask &= _behind(block, static_window)
+        if positions is None or window is None:
+            return mask
+        place = positions[:, block.branch]
+        query, key = place[:, block.start : block.stop], place[:, block.first : block.stop]
+        return mask & (query[:, :, None] - key[:, None] < window)
+
     @jax.checkpoint
     def attend(q, k, v, mask):
         scores = jnp.einsum("bkgqd,bktd->bkgqt", q, k, preferred_element_type=jnp.float32)
@@ -79,20 +91,18 @@ def blocked_attention(
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bkgqt,bktd->bkgqd", weights, v)
 
-    # By place in a branch: what is behind the prompt is real.
-    real = jnp.concatenate([real, jnp.ones((batch, completion), bool)], axis=1)
+    # Counted in positions, a window leaves out keys in places that only the batch tells.
+    static_window = window if positions is None else None
     found = []
-    for block in _blocks(prompt, branches, completion, window):
+    for block in _blocks(prompt, branches, completion, static_window):
         ahead = block.branch * completion
-        mask = real[:, block.start : block.stop, None] == real[:, None, block.first : block.stop]
-        mask &= _seen(block, window)
         queries = q[:, :, :, block.start + ahead : block.stop + ahead]
-        found.append(attend(queries, keys_of(k, block), keys_of(v, block), mask))
+        found.append(attend(queries, keys_of(k, block), keys_of(v, block), seen(block)))
     out = jnp.concatenate(found, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, packed, heads, width).astype(dtype)
 
 
-def _seen(block: _Block, window: Any) -> Any:
+def _behind(block: _Block, window: Any) -> Any:
     query = np.arange(block.start, block.stop)[:, None]
     key = np.arange(block.first, block.stop)[None]
     seen = key <= query

@@ -25,8 +25,9 @@ from spo_jax.models.attention import (
 )
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.rope import rotate, rotation
+from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import ROWS, constrain
-from spo_jax.types import Params
+from spo_jax.types import Params, Segments
 
 
 class RMSNorm(nn.Module):
@@ -155,11 +156,6 @@ def _look_up(embed, tokens, execution: Execution):
     return constrain(found.astype(execution.compute_dtype), mesh, ROWS, None, None)
 
 
-def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Count real tokens from 0; padding gets a position too, which nothing ever looks at."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-
-
 _MATRICES = ("kernel", "embed", "head")
 """Names of the parameters that products are taken with."""
 
@@ -194,33 +190,39 @@ class Model:
         prompt_tokens: Int[Array, "B P"],
         prompt_mask: Bool[Array, "B P"],
         completion_tokens: Int[Array, "B n C"],
+        segments: Segments | None = None,
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B n C D"]]:
         """Hidden states after the final norm of prompts and their ``n`` completions.
 
         The pair layout: each prompt is computed once, and every completion continues it
         as if alone. Prompts are right-aligned, completions left-aligned; completion
-        padding needs no mask, since causality hides it. Logits of the token after a
-        position are ``hidden @ output_head(params)``.
+        padding needs no mask, since causality hides it. Of packed rows ``segments`` say which
+        prompt a completion continues. Logits of the token after a position are
+        ``hidden @ output_head(params)``.
         """
         P = prompt_tokens.shape[1]
         B, n, C = completion_tokens.shape
-        lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-        after = lengths[:, None, None] + jnp.arange(C, dtype=jnp.int32)
-        positions = jnp.concatenate(
-            [
-                positions_from_mask(prompt_mask),
-                jnp.broadcast_to(after, (B, n, C)).reshape(B, n * C),
-            ],
-            axis=1,
-        )
-        tokens = jnp.concatenate([prompt_tokens, completion_tokens.reshape(B, n * C)], axis=1)
-        real = jnp.concatenate([prompt_mask, jnp.ones((B, n * C), bool)], axis=1)
+
+        def packed(prompt, completion):
+            return jnp.concatenate([prompt, completion.reshape(B, n * C)], axis=1)
+
+        tokens = packed(prompt_tokens, completion_tokens)
+        if segments is None:
+            lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+            after = lengths[:, None, None] + jnp.arange(C, dtype=jnp.int32)
+            after = jnp.broadcast_to(after, (B, n, C))
+            positions = packed(positions_from_mask(prompt_mask), after)
+            ids = packed(prompt_mask, jnp.ones((B, n, C), bool))
+        else:
+            (prompts, completions), positions = ids_and_positions(segments, P, C)
+            ids, positions = packed(prompts, completions), packed(*positions)
         layout = Layout(P, n, C)
         context = BranchAttention(
-            segment_ids=split_branches(real, layout).astype(jnp.int32),
+            segment_ids=split_branches(ids, layout).astype(jnp.int32),
             layout=layout,
             kernel=self.execution.attention,
             mesh=self.execution.mesh,
+            positions=None if segments is None else split_branches(positions, layout),
         )
         x, _ = self._apply(params, tokens, positions, context)
         return x[:, :P], x[:, P:].reshape(B, n, C, self.config.hidden_size)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from spo_jax.objective.packed_rows import has_predictor, packed_predictors
 from spo_jax.parallel.constraints import ROWS, constrain, parts, platform
-from spo_jax.types import CompletionBatch, Params
+from spo_jax.types import CompletionBatch, Params, Segments
 
 DEFAULT_CHUNK_TOKENS = 2048
 """Head rows in flight at once: logits of ``chunk_tokens * V * 4`` bytes (256 MiB at V = 32k)."""
@@ -40,12 +41,17 @@ def rows_in_flight(asked: int | None, vocabulary: int, mesh: Mesh | None) -> int
 
 
 def predictor_states(
-    prompt_hidden: Float[Array, "B P D"], completion_hidden: Float[Array, "B n C D"]
+    prompt_hidden: Float[Array, "B P D"],
+    completion_hidden: Float[Array, "B n C D"],
+    segments: Segments | None = None,
 ) -> Float[Array, "B n C D"]:
     """States that predict each completion token: the prompt's last, then the completion's own.
 
-    The prompt is right-aligned, so its last state is at ``P - 1`` for every row.
+    The prompt is right-aligned, so its last state is at ``P - 1`` for every row; of packed rows
+    ``segments`` tell where each prompt ends.
     """
+    if segments is not None:
+        return packed_predictors(prompt_hidden, completion_hidden, segments)
     batch, branches, _, width = completion_hidden.shape
     first = jnp.broadcast_to(prompt_hidden[:, None, -1:, :], (batch, branches, 1, width))
     return jnp.concatenate([first, completion_hidden[:, :, :-1]], axis=2)
@@ -58,10 +64,11 @@ def states_and_head(
 
     ``model`` is a ``models.Model``; the head has the states' dtype.
     """
+    packed = () if batch.segments is None else (batch.segments,)
     prompt, completion = model.hidden(
-        params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens
+        params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, *packed
     )
-    states = predictor_states(prompt, completion)
+    states = predictor_states(prompt, completion, *packed)
     return states, model.output_head(params).astype(states.dtype)
 
 
@@ -70,6 +77,10 @@ def scored_mask(batch: CompletionBatch) -> Bool[Array, "B n C"]:
 
     With an empty prompt (no BOS either) the token at index 0 is given, not predicted.
     """
+    if batch.segments is not None:
+        return batch.completion_mask & has_predictor(
+            batch.segments, batch.completion_mask.shape[-1]
+        )
     has_prompt = jnp.any(batch.prompt_mask, axis=-1)
     first = jnp.arange(batch.completion_mask.shape[-1]) == 0
     return batch.completion_mask & (has_prompt[:, None, None] | ~first)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
 from spo_jax.losses.contract import PairLogprobs
@@ -23,6 +23,7 @@ from spo_jax.objective.logprobs import (
     states_and_head,
     token_logprobs,
 )
+from spo_jax.objective.packed_rows import sum_by_example
 from spo_jax.types import (
     CHOSEN,
     REJECTED,
@@ -76,9 +77,15 @@ def make_logprobs_fn(model: Any, *, chunk_tokens: int | None = None) -> Logprobs
 
 def completion_logprobs(
     logprobs: LogprobsFn, params: Params, batch: CompletionBatch
-) -> Float[Array, "B n"]:
-    """Summed log-probs of each completion's scored tokens, float32, in nats."""
-    return jnp.sum(jnp.where(scored_mask(batch), logprobs(params, batch), 0), axis=-1)
+) -> Float[Array, "examples n"]:
+    """Summed log-probs of each example's scored tokens, float32, in nats."""
+    scored = jnp.where(scored_mask(batch), logprobs(params, batch), 0)
+    return sum_by_example(scored, batch.segments)
+
+
+def example_ids(batch: CompletionBatch) -> Int[Array, "examples"]:
+    """The ``row_ids`` of a batch's examples, -1 for fillers: one a row, or ``S`` a packed row."""
+    return batch.row_ids.reshape(-1)
 
 
 def count(batch: BilevelBatch) -> Denominators:
@@ -158,7 +165,9 @@ class Binding:
         if self.reference == "online":
             sums = completion_logprobs(self.logprobs, reference_params, batch)
             return jax.lax.stop_gradient(sums)
-        return batch.reference_logprobs if self.reference == "precomputed" else None
+        if self.reference == "precomputed":
+            return batch.reference_logprobs.reshape(-1, batch.completion_tokens.shape[1])
+        return None
 
     def _sft_terms(self, params, rows, tokens, reference_params) -> Terms:
         sums = completion_logprobs(self.logprobs, params, rows)
@@ -170,11 +179,12 @@ class Binding:
 
     def _pair_logprobs(self, params, pairs, reference_params):
         mask = scored_mask(pairs)
-        sums = jnp.sum(jnp.where(mask, self.logprobs(params, pairs), 0), axis=-1)
-        lengths = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+        scored = jnp.where(mask, self.logprobs(params, pairs), 0)
+        sums = sum_by_example(scored, pairs.segments)
+        lengths = sum_by_example(mask.astype(jnp.float32), pairs.segments)
         frozen = self._reference_sums(pairs, reference_params)
         frozen = None if frozen is None else _pair(frozen, lengths)
-        return _pair(sums, lengths), frozen, (pairs.row_ids >= 0).astype(jnp.float32)
+        return _pair(sums, lengths), frozen, (example_ids(pairs) >= 0).astype(jnp.float32)
 
     def _pair_terms(self, params, pairs, denominators, statistics, reference_params) -> Terms:
         policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
@@ -212,11 +222,15 @@ def _pair(sums: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PairLogpro
 
 def _chosen_only(pairs: CompletionBatch) -> CompletionBatch:
     """The pairs as SFT rows: where only the chosen count, the rejected need no forward pass."""
-    reference = pairs.reference_logprobs
+    reference, segments = pairs.reference_logprobs, pairs.segments
+    if segments is not None:
+        lengths = segments.completion_lengths[:, : CHOSEN + 1]
+        segments = segments._replace(completion_lengths=lengths)
     return pairs._replace(
         completion_tokens=pairs.completion_tokens[:, : CHOSEN + 1],
         completion_mask=pairs.completion_mask[:, : CHOSEN + 1],
-        reference_logprobs=None if reference is None else reference[:, : CHOSEN + 1],
+        reference_logprobs=None if reference is None else reference[..., : CHOSEN + 1],
+        segments=segments,
     )
 
 

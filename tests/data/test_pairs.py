@@ -44,6 +44,8 @@ def test_errors():
         layout([1, 0], p=2)
     with pytest.raises(ValueError, match="row 1: a completion of 3 tokens does not fit"):
         layout([1, 0], c=2)
+    with pytest.raises(ValueError, match=r"rows \[1, 0\]: completions of 5 tokens together do not"):
+        layout([[1, FILLER, 0]], c=4)
     with pytest.raises(IndexError, match=r"in \[-1, 2\)"):
         layout([2])
     with pytest.raises(ValueError, match=r"shape \(3, 2\), the rows need \(2, 2\)"):
@@ -88,3 +90,40 @@ def test_arrays_give_the_ids_back(table, more_p, more_c):
             assert scored.tolist() == [t % 2 == 0 for t in completion] + [False] * (
                 len(tokens) - size
             )
+
+
+@settings(deadline=None)
+@given(tables(), st.integers(1, 4), st.integers(0, 3))
+def test_packed_rows_are_their_examples_end_to_end(table, places, more):
+    rows, indices = table
+    data = make_rows(rows)
+    n, indices = data.num_completions, np.array(indices)
+    packed = np.concatenate([indices, np.full(-len(indices) % places, FILLER)]).reshape(-1, places)
+    wanted = [[rows[i] if i != FILLER else ([], [[]] * n) for i in row] for row in packed.tolist()]
+    joined = [
+        (sum((p for p, _ in row), []), [sum((c[k] for _, c in row), []) for k in range(n)])
+        for row in wanted
+    ]
+    batch = rows_to_batch(
+        data,
+        packed,
+        prompt_length=max(len(p) for p, _ in joined) + more,
+        completion_length=max(len(c) for _, branches in joined for c in branches) + more,
+        reference_logprobs=np.arange(len(rows) * n).reshape(-1, n),
+    )
+    np.testing.assert_array_equal(batch.row_ids, packed)
+    for r, (prompt, branches) in enumerate(joined):
+        start = batch.prompt_tokens.shape[1] - len(prompt)
+        assert batch.prompt_tokens[r].tolist() == [PAD] * start + prompt
+        assert batch.prompt_mask[r].tolist() == [False] * start + [True] * len(prompt)
+        for k, completion in enumerate(branches):
+            rest = batch.completion_tokens.shape[2] - len(completion)
+            assert batch.completion_tokens[r, k].tolist() == completion + [PAD] * rest
+            scored = [t % 2 == 0 for t in completion] + [False] * rest
+            assert batch.completion_mask[r, k].tolist() == scored
+        prompts = [len(p) for p, _ in wanted[r]]
+        assert batch.segments.prompt_lengths[r].tolist() == prompts
+        lengths = [[len(c[k]) for _, c in wanted[r]] for k in range(n)]
+        assert batch.segments.completion_lengths[r].tolist() == lengths
+        frozen = [[i * n + k if i >= 0 else 0 for k in range(n)] for i in packed[r].tolist()]
+        assert batch.reference_logprobs[r].tolist() == frozen

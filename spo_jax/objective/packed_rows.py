@@ -1,0 +1,61 @@
+"""Rows that hold several examples: which states predict, and sums by example."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from spo_jax.types import Segments
+
+
+def packed_predictors(
+    prompt_hidden: Float[Array, "B P D"],
+    completion_hidden: Float[Array, "B n C D"],
+    segments: Segments,
+) -> Float[Array, "B n C D"]:
+    """The state before each completion token; before an example's first, its prompt's last.
+
+    A first token after an empty prompt gets a state of another text: see ``has_predictor``.
+    """
+    prompt, completion = prompt_hidden.shape[1], completion_hidden.shape[2]
+    lengths = segments.prompt_lengths
+    behind = jnp.cumsum(lengths[:, ::-1], axis=-1)[:, ::-1] - lengths
+    last = jnp.maximum(prompt - 1 - behind, 0)
+    last = jnp.take_along_axis(prompt_hidden, last[:, :, None], axis=1)
+    starts, ends = _bounds(segments)
+    # Out of bounds, and dropped, where there is no example.
+    starts = jnp.where(ends > starts, starts, completion)
+
+    def put(states, places, values):
+        return states.at[places].set(values, mode="drop")
+
+    before = jnp.roll(completion_hidden, 1, axis=2)
+    return jax.vmap(jax.vmap(put, (0, 0, None)))(before, starts, last)
+
+
+def has_predictor(segments: Segments, completion: int) -> Bool[Array, "B n C"]:
+    """False at the first tokens of examples with an empty prompt: they are given."""
+    starts, ends = _bounds(segments)
+    given = (ends > starts) & (segments.prompt_lengths == 0)[:, None]
+    is_first = jnp.arange(completion) == starts[..., None]
+    return ~jnp.any(is_first & given[..., None], axis=2)
+
+
+def sum_by_example(
+    values: Shaped[Array, "B n C"], segments: Segments | None
+) -> Shaped[Array, "examples n"]:
+    """Sums over each example's tokens: of ``B`` rows, or of the ``B * S`` places of packed ones."""
+    if segments is None:
+        return jnp.sum(values, axis=-1)
+    place = jnp.arange(values.shape[-1])
+    starts, ends = (x[..., None] for x in _bounds(segments))
+    own = (place >= starts) & (place < ends)
+    found = jnp.sum(jnp.where(own, values[:, :, None], 0), axis=-1)
+    return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
+
+
+def _bounds(segments: Segments) -> tuple[Int[Array, "B n S"], Int[Array, "B n S"]]:
+    """Where each completion begins in ``C``, and the place behind its end."""
+    ends = jnp.cumsum(segments.completion_lengths, axis=-1)
+    return ends - segments.completion_lengths, ends
