@@ -34,7 +34,7 @@ TREE = {
     "outer": {"learning_rate": 1e-2},
     "train": {"steps": 24, "batch_size": 8, "save_every": 2, "keep_checkpoints": 3},
 }
-TIMINGS = ("tokens_per_second",)
+TIMINGS = ("tokens_per_second", "data_wait_share")
 
 
 def write_config(folder: Path, name="config", **sections) -> Path:

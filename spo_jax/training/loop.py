@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,25 +27,43 @@ from spo_jax.types import BilevelBatch, TrainState
 
 
 class Throughput:
-    """Real tokens per second over the last steps, without compiling, evaluating and saving."""
+    """Real tokens per second over the last steps, without compiling, evaluating and saving.
+
+    ``data_wait_share`` is the share of that time in which the next batch was not there yet.
+    """
 
     def __init__(self, window: int = 20):
-        self._spans: list[tuple[int, float]] = []
+        self._spans: list[tuple[int, float, float]] = []
         self._window = window
         self._last: float | None = None
+        self._waited = 0.0
 
     def pause(self) -> None:
         """What happens until the next ``add`` is not training."""
         self._last = None
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data."""
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
     def add(self, tokens: int) -> float:
         """Count the tokens of a finished step; returns tokens per second (0: not known yet)."""
         now = time.perf_counter()
         if self._last is not None:
-            self._spans = [*self._spans[1 - self._window :], (tokens, now - self._last)]
-        self._last = now
-        seconds = sum(s for _, s in self._spans)
-        return sum(t for t, _ in self._spans) / seconds if seconds else 0.0
+            span = (tokens, now - self._last, self._waited)
+            self._spans = [*self._spans[1 - self._window :], span]
+        self._last, self._waited = now, 0.0
+        seconds = sum(s for _, s, _ in self._spans)
+        return sum(t for t, _, _ in self._spans) / seconds if seconds else 0.0
+
+    @property
+    def data_wait_share(self) -> float:
+        """Of the time that ``add`` has counted."""
+        seconds = sum(s for _, s, _ in self._spans)
+        return sum(w for _, _, w in self._spans) / seconds if seconds else 0.0
 
 
 @dataclass
@@ -163,7 +181,8 @@ class Loop:
 
     def _advance(self) -> None:
         """One update, and what is due behind it."""
-        host = next(self.batches)
+        with self._throughput.waiting():
+            host = next(self.batches)
         shape = tuple(np.shape(x) for x in jax.tree.leaves(host))
         self.state, metrics = self.step_fn(self.state, self.place(host))
         self._done += 1
@@ -226,6 +245,7 @@ class Loop:
         metrics |= {"tokens_seen": self.counters.tokens, "skipped": self.counters.skipped}
         if speed:
             metrics["tokens_per_second"] = speed
+            metrics["data_wait_share"] = self._throughput.data_wait_share
         if step % self.loop.log_every == 0 or step == self.steps or skipped:
             self.writer.write(step, metrics)
         self.progress.update(step, metrics, speed)

@@ -165,6 +165,9 @@ class Progress:
         """Show the state after ``step`` updates."""
         shown = [f"{short} {metrics[key]:.4g}" for key, short in _SHOWN if _is_number(metrics, key)]
         shown.append(f"{tokens_per_second:,.0f} tok/s")
+        waiting = metrics.get("data_wait_share", 0.0)
+        if waiting >= _MUCH_WAITING:
+            shown.append(f"{waiting:.0%} waiting for data")
         self._bar.set_postfix_str("  ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)
         if self._active and not self._live and (step % self._every == 0 or step == self._total):
@@ -179,6 +182,9 @@ class Progress:
         """End the bar."""
         self._bar.close()
 
+
+_MUCH_WAITING = 0.05
+"""Share of the time from which on it is shown."""
 
 _SHOWN = (
     ("loss", "loss"),

@@ -20,6 +20,7 @@ from spo_jax.training.loop import Counters, Throughput, run_loop
 from spo_jax.training.stopping import Diverged, NothingLearnt, Stopped, stop_signals
 from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, Progress, read_metrics
 from spo_jax.types import BilevelBatch, CompletionBatch, TrainState
+from tests.runs import TIMINGS
 
 
 def batch_of(number, rows=2, branches=2):
@@ -78,11 +79,11 @@ def total_after(steps):
 
 def run(
     folder, steps=7, step_fn=step_fn, evaluate=None, resume=False, keep=10, alarm=None,
-    probe=None, probe_every=1, **loop,
+    probe=None, probe_every=1, source=Source, **loop,
 ):  # fmt: skip
     """One start of a run in ``folder``, assembled as the trainer does it."""
     checkpoints = Checkpoints(folder, keep=keep, keep_every=loop.get("keep_every"))
-    state, batches = start(), Batches(Source(), sources={"preference": SOURCES})
+    state, batches = start(), Batches(source(), sources={"preference": SOURCES})
     counters = Counters()
     if resume:
         state, position, kept = checkpoints.restore(state)
@@ -351,6 +352,26 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     assert throughput.add(20) == 10.0
 
 
+def test_waiting_for_data_is_a_share_of_the_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("spo_jax.training.loop.time", clock)
+
+    def three_seconds(state, batch):
+        clock.now += 3
+        return step_fn(state, batch)
+
+    class Slow(Source):
+        def __next__(self):
+            # The first is not there at once; that is not a part of any step counted.
+            clock.now += 1 if self.next else 1000
+            return super().__next__()
+
+    run(tmp_path, steps=6, step_fn=three_seconds, source=Slow)
+    shares = [line.get("data_wait_share") for line in training_lines(tmp_path)]
+    assert shares == [None, *[0.25] * 5]
+
+
 def test_one_position_for_both_levels():
     batches = Batches(Source(), Source())
     next(batches)
@@ -438,7 +459,7 @@ def test_counters_go_on_where_they_were(tmp_path):
     run(tmp_path / "a", resume=True)
     run(tmp_path / "b")
     lines = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(x)]
+        [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(x)]
         for x in (tmp_path / "a", tmp_path / "b")
     ]
     assert lines[0] == lines[1]

@@ -78,6 +78,12 @@ def test_progress_without_a_terminal(capsys):
     assert shown[0] == "preference 2/20  loss 0.5  chosen -0.25  1,234 tok/s"
     assert shown[-1] == "WARNING something"
 
+    progress.update(20, {"loss": 0.5, "data_wait_share": 0.04}, 1234.0)
+    progress.update(20, {"loss": 0.5, "data_wait_share": 0.25}, 1234.0)
+    few, much = capsys.readouterr().err.splitlines()
+    assert few.endswith("1,234 tok/s")
+    assert much.endswith("1,234 tok/s  25% waiting for data")
+
     silent = Progress("preference", 20, active=False)
     silent.update(20, {"loss": 0.5}, 0.0)
     silent.say("WARNING something")
