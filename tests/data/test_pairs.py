@@ -101,7 +101,7 @@ def test_packed_rows_are_their_examples_end_to_end(table, places, more):
     packed = np.concatenate([indices, np.full(-len(indices) % places, FILLER)]).reshape(-1, places)
     wanted = [[rows[i] if i != FILLER else ([], [[]] * n) for i in row] for row in packed.tolist()]
     joined = [
-        (sum((p for p, _ in row), []), [sum((c[k] for _, c in row), []) for k in range(n)])
+        ([t for p, _ in row for t in p], [[t for _, c in row for t in c[k]] for k in range(n)])
         for row in wanted
     ]
     batch = rows_to_batch(
@@ -109,7 +109,7 @@ def test_packed_rows_are_their_examples_end_to_end(table, places, more):
         packed,
         prompt_length=max(len(p) for p, _ in joined) + more,
         completion_length=max(len(c) for _, branches in joined for c in branches) + more,
-        reference_logprobs=np.arange(len(rows) * n).reshape(-1, n),
+        reference_logprobs=np.arange(len(rows) * n, dtype=np.float32).reshape(-1, n),
     )
     np.testing.assert_array_equal(batch.row_ids, packed)
     for r, (prompt, branches) in enumerate(joined):
