@@ -14,9 +14,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from shared import make_llama, random_rows
+from shared import as_sequences, make_llama, random_rows
 
-from spo_jax import CompletionBatch, completion_logprobs, make_logprobs_fn
+from spo_jax import completion_logprobs, make_logprobs_fn
 
 VOCABULARY = 8192
 
@@ -43,15 +43,8 @@ def main() -> None:
         return dpo(completion_logprobs(logprobs, params, pairs))
 
     def as_two_sequences(params):
-        rows = options.pairs
-        single = CompletionBatch(
-            jnp.repeat(pairs.prompt_tokens, 2, axis=0),
-            jnp.repeat(pairs.prompt_mask, 2, axis=0),
-            pairs.completion_tokens.reshape(2 * rows, 1, -1),
-            pairs.completion_mask.reshape(2 * rows, 1, -1),
-            jnp.arange(2 * rows),
-        )
-        return dpo(completion_logprobs(logprobs, params, single).reshape(rows, 2))
+        sums = completion_logprobs(logprobs, params, as_sequences(pairs))
+        return dpo(sums.reshape(options.pairs, 2))
 
     sides = {"pair layout": in_pair_layout, "two sequences": as_two_sequences}
     steps = {name: jax.jit(jax.value_and_grad(fn)) for name, fn in sides.items()}

@@ -20,30 +20,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-SCRIPTS = Path(__file__).parent / "peers_sides"
+from step_sides import (
+    JOB,
+    OURS,
+    TOLERANCES,
+    TRL,
+    Runner,
+    Shape,
+    Side,
+    disagreeing,
+    llama_config,
+    perfect_flops,
+    read_shapes,
+)
+
 PEERS = {"trl": ("trl==1.16.0", "torch"), "tunix": ("google-tunix==0.1.7",)}
 """What each peer's environment is made of; ``torch`` stands for ``--torch``."""
-
-
-class Side(NamedTuple):
-    """A library and what it is told; ``same_update``: its second loss is that of plain DPO."""
-
-    library: str
-    settings: Mapping[str, Any]
-    same_update: bool = True
-
 
 _TRL_BEST = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
 SIDES = {
@@ -67,70 +69,7 @@ MORE_SIDES = {
 }
 """More for ``--sides``: each differs in one setting from a side above."""
 
-DEFAULTS = {
-    "ours": {
-        "solver": "preference_only",
-        "chunk_tokens": None,
-        "remat": "none",
-        "attention": "auto",
-    },
-    "trl": {},
-    "tunix": {"remat": "NONE"},
-}
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
-
-
-class Shape(NamedTuple):
-    """Tokens of a row's prompt and of each of its completions; rows."""
-
-    prompt: int
-    completion: int
-    pairs: int
-
-    @property
-    def computed(self) -> int:
-        """Tokens of a batch, prompts once."""
-        return self.pairs * (self.prompt + 2 * self.completion)
-
-    @property
-    def counted(self) -> int:
-        """Tokens of the full sequences of a batch, prompts twice."""
-        return self.pairs * 2 * (self.prompt + self.completion)
-
-
-def make_architecture(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
-    """A ``config.json``. Tunix reads no other ``rope_theta`` than 1,000,000."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": hidden * 11 // 4,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": hidden // 8,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    }
-
-
-def perfect_flops(shape: Shape, of: Mapping[str, Any]) -> float:
-    """Multiplications and additions of one step that computes nothing twice.
-
-    ``6 (N T + H S) + 12 h d L A``: weights of the layers' products and tokens, those of the head
-    and completion tokens, and for heads, head width and layers the pairs a causal mask lets see.
-    """
-    hidden, width = of["hidden_size"], of["num_attention_heads"] * of["head_dim"]
-    keys = of["num_key_value_heads"] * of["head_dim"]
-    layer = 2 * hidden * (width + keys) + 3 * hidden * of["intermediate_size"]
-    P, C, B = shape
-    seen = B * (P**2 / 2 + 2 * (C * P + C**2 / 2))
-    linear = of["num_hidden_layers"] * layer * shape.computed
-    head = hidden * of["vocab_size"] * B * 2 * C
-    return 6 * (linear + head) + 12 * width * of["num_hidden_layers"] * seen
+DEFAULTS = {"ours": OURS, "trl": TRL, "tunix": {"remat": "NONE"}}
 
 
 def product_shapes(shape: Shape, of: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -140,22 +79,6 @@ def product_shapes(shape: Shape, of: Mapping[str, Any]) -> list[tuple[int, int, 
         (rows, hidden, inner), (rows, inner, hidden), (rows, hidden, hidden),
         (2048, hidden, of["vocab_size"]),
     ]  # fmt: skip
-
-
-def disagreeing(losses: Mapping[str, list[float]], alike: set[str], tolerance: float) -> list[str]:
-    """What is wrong with the first two losses; of ``alike``, the second ones are to agree too."""
-    wrong = [
-        f"{name}: the first loss is {found[0]:.6f}, not ln 2 = {math.log(2):.6f}"
-        for name, found in losses.items()
-        if not abs(found[0] - math.log(2)) <= tolerance
-    ]
-    second = {name: found[1] for name, found in losses.items() if name in alike}
-    middle = statistics.median(second.values()) if second else 0.0
-    return wrong + [
-        f"{name}: the second loss is {found:.6f}, the median of all {middle:.6f}"
-        for name, found in second.items()
-        if not abs(found - middle) <= tolerance
-    ]
 
 
 # Processes
@@ -178,37 +101,6 @@ def default_environments() -> Path:
     """A folder in the user's cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "spo_jax" / "peers"
-
-
-class Runner:
-    """Runs the scripts of ``peers_sides``, each in a process of its own, one at a time."""
-
-    def __init__(self, work: Path, pythons: Mapping[str, Path | str], job: dict[str, Any]) -> None:
-        self.work, self.pythons = work, pythons
-        self.job = job | {"model": str(work / "model"), "rows": str(work / "rows.npz")}
-
-    def run(self, name: str, script: str, **more: Any) -> dict[str, Any]:
-        """What the script found; its last words and an end where it fails."""
-        library = script.partition("_")[0]
-        job, result, log = (self.work / f"{kind}.json" for kind in ("job", "result", "log"))
-        job.write_text(json.dumps(self.job | more | {"result": str(result)}))
-        variables = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(self.work / "hub"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        if library != "ours":  # packages of this environment are not theirs
-            variables.pop("PYTHONPATH", None)
-        with log.open("w") as file:
-            command = [self.pythons[library], SCRIPTS / f"{script}.py", job]
-            done = subprocess.run(
-                command, env=variables, stdout=file, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode:
-            words = log.read_text()[-3000:]
-            raise SystemExit(f"{name}: {script}.py ended with {done.returncode}:\n{words}")
-        return json.loads(result.read_text())
 
 
 # What is shown
@@ -285,19 +177,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.warmup, options.steps, options.rounds) < 1:
         parser.error("--warmup, --steps and --rounds are at least 1")
-    shapes = options.shape or ["128/384", "384/128"]
-    if not all(re.fullmatch(r"[1-9]\d*/[1-9]\d*", shape) for shape in shapes):
-        parser.error(f"--shape {' '.join(shapes)}: write PROMPT/COMPLETION, such as 128/384")
-    options.shape = [Shape(*map(int, shape.split("/")), options.pairs) for shape in shapes]
+    options.shape = read_shapes(parser, options.shape or ["128/384", "384/128"], options.pairs)
     return options
 
 
 def measure_shape(shape: Shape, sides: Mapping[str, Side], pythons, options) -> dict[str, Any]:
     """All rounds of one shape, checked and shown."""
-    architecture = make_architecture(options.hidden, options.layers, options.vocabulary)
+    architecture = llama_config(options.hidden, options.layers, options.vocabulary)
     flops = perfect_flops(shape, architecture)
-    job = shape._asdict() | {
-        "architecture": architecture, "beta": 0.1, "dtype": options.dtype,
+    job = JOB | shape._asdict() | {
+        "architecture": architecture, "dtype": options.dtype, "on_cpu": True,
         "learning_rate": options.learning_rate, "warmup": options.warmup, "steps": options.steps,
     }  # fmt: skip
     # Where weights are bfloat16, such a small step rounds to none.
@@ -308,8 +197,9 @@ def measure_shape(shape: Shape, sides: Mapping[str, Side], pythons, options) -> 
     tolerance = TOLERANCES[options.dtype] if given is None else given
     rounds = []
     with tempfile.TemporaryDirectory(prefix="peers_") as folder:
-        runner = Runner(Path(folder), pythons, job)
-        runner.run("model and rows", "ours_prepare")
+        job["model"] = str(Path(folder) / "model")
+        runner = Runner(Path(folder), pythons, job, {"JAX_PLATFORMS": "cpu"})
+        runner.run("model", "ours_prepare")
         rate = {"shapes": product_shapes(shape, architecture)}
         for number in range(options.rounds):
             first, found = runner.run("products", "ours_rate", **rate), {}

@@ -1,10 +1,11 @@
-"""What the benchmarks share: a Llama of a given size, and random rows that fill their lengths."""
+"""What the benchmarks share: a small Llama, random rows, the step that has no pair layout."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from step_sides import llama_config
 
 from spo_jax import CompletionBatch, Execution, Model, init_model
 
@@ -12,24 +13,9 @@ from spo_jax import CompletionBatch, Execution, Model, init_model
 def make_llama(
     hidden: int, layers: int, *, vocabulary: int, tied: bool, remat: str = "none"
 ) -> Model:
-    """8 heads over 4 kv heads, an MLP of 2.75 times the width."""
-    return init_model(
-        {
-            "model_type": "llama",
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": hidden * 11 // 4,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": hidden // 8,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": tied,
-        },
-        Execution(remat=remat),
-    )
+    """The model of ``llama_config``."""
+    config = llama_config(hidden, layers, vocabulary, tied=tied)
+    return init_model(config, Execution(remat=remat))
 
 
 def random_rows(
@@ -47,3 +33,39 @@ def random_rows(
         reference_logprobs=np.full((rows, branches), -np.log(vocabulary) * completion, np.float32),
     )
     return jax.tree.map(jnp.asarray, batch)
+
+
+def as_sequences(batch: CompletionBatch) -> CompletionBatch:
+    """``[B, n]`` completions as ``B n`` rows of one, the prompt repeated for each."""
+    rows, branches, length = batch.completion_tokens.shape
+    return CompletionBatch(
+        jnp.repeat(batch.prompt_tokens, branches, axis=0),
+        jnp.repeat(batch.prompt_mask, branches, axis=0),
+        batch.completion_tokens.reshape(rows * branches, 1, length),
+        batch.completion_mask.reshape(rows * branches, 1, length),
+        jnp.repeat(batch.row_ids, branches),
+    )
+
+
+def make_full_logits_fn(model: Model):
+    """``make_logprobs_fn`` as a trainer has it that knows neither pair layout nor chunks.
+
+    Every completion is a sequence with its own copy of the prompt, and the logits of all
+    positions, the prompt's too, are one float32 array ``[B n, P + C, V]``.
+    """
+
+    def logprobs(params, batch):
+        rows = as_sequences(batch)
+        prompt, completion = model.hidden(
+            params, rows.prompt_tokens, rows.prompt_mask, rows.completion_tokens
+        )
+        hidden = jnp.concatenate([prompt, completion[:, 0]], axis=1)
+        head = model.output_head(params).astype(hidden.dtype)
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        tokens = jnp.concatenate([rows.prompt_tokens, rows.completion_tokens[:, 0]], axis=1)
+        found = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+        found = jnp.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
+        shape = batch.completion_tokens.shape
+        return found[:, -shape[-1] :].reshape(shape)
+
+    return logprobs

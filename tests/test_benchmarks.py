@@ -1,57 +1,245 @@
-"""The benchmark against other libraries: its arithmetic, its check, and our sides for real."""
+"""Benchmarks of one step: their arithmetic, their checks, and our sides for real, on the CPU."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "peers.py"
+from spo_jax.models import init_model
+from spo_jax.objective.levels import make_logprobs_fn
+from spo_jax.objective.logprobs import scored_mask
+from tests.tiny import random_batch, tiny_model, tiny_params
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def peers():
-    spec = importlib.util.spec_from_file_location("peers", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script():
+    """``script(name)`` imports a file of ``benchmarks/`` as it is when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.syspath_prepend(str(FOLDER / "peers_sides"))
+        yield importlib.import_module
+    ours = {path.stem for path in FOLDER.glob("**/*.py")}
+    for name in ours & set(sys.modules):
+        del sys.modules[name]
 
 
-def test_flops_of_a_perfect_step_by_hand(peers):
-    tiny = peers.make_architecture(16, 3, 50)
-    shape = peers.Shape(prompt=2, completion=4, pairs=5)
+# Arithmetic and checks
+
+
+def test_flops_of_a_perfect_step_by_hand(script):
+    sides = script("step_sides")
+    tiny = sides.llama_config(16, 3, 50)
+    shape = sides.Shape(prompt=2, completion=4, pairs=5)
     # q and o 16 x 16, k and v 16 x 8, gate, up and down 16 x 44: 2880 weights in each of 3 layers.
     linear = 6 * 3 * 2880 * 5 * (2 + 2 * 4)
     head = 6 * 16 * 50 * 5 * 2 * 4
     # 2 pairs of positions within the prompt; 8 to it and 8 within each completion.
     attention = 12 * 8 * 2 * 3 * 5 * (2 + 2 * (8 + 8))
-    assert peers.perfect_flops(shape, tiny) == linear + head + attention
+    assert sides.perfect_flops(shape, tiny) == linear + head + attention
     assert (shape.computed, shape.counted) == (50, 60)
-    full = peers.make_architecture(512, 8, 32000)
-    found = [peers.perfect_flops(peers.Shape(*s, 4), full) for s in ((128, 384), (384, 128))]
+    full = sides.llama_config(512, 8, 32000)
+    found = [sides.perfect_flops(sides.Shape(*s, 4), full) for s in ((128, 384), (384, 128))]
     assert found == pytest.approx([0.859e12, 0.500e12], rel=2e-3)
 
 
-def test_sides_that_compute_something_else_are_named(peers):
+def test_flops_of_a_model_without_head_dim_in_its_configuration(script):
+    qwen = script("accelerator").MODELS["qwen2.5-0.5b"].architecture
+    sides = script("step_sides")
+    # q and o 896 x 896, k and v 896 x 2 * 64, the MLP 896 x 4864.
+    layers = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+    seen = 128**2 / 2 + 2 * (384 * 128 + 384**2 / 2)
+    by_hand = 6 * (layers * 8 * (128 + 2 * 384) + 896 * 151936 * 8 * 2 * 384)
+    by_hand += 12 * 896 * 24 * 8 * seen
+    assert sides.perfect_flops(sides.Shape(128, 384, 8), qwen) == by_hand
+
+
+def test_models_have_the_sizes_of_those_they_are_called_after(script):
+    sizes = {
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "llama-3-8b": 8_030_261_248,
+    }
+    for name, size in sizes.items():
+        model = init_model(script("accelerator").MODELS[name].architecture)
+        assert sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params())) == size
+
+
+def test_sides_that_compute_something_else_are_named(script):
+    disagreeing = script("step_sides").disagreeing
     ln2 = math.log(2)
     losses = {"a": [ln2, 0.6], "b": [ln2, 0.60005], "c": [ln2, 0.6], "other solver": [ln2, 0.5]}
     alike = {"a", "b", "c"}
-    assert not peers.disagreeing(losses, alike, 1e-4)
-    (found,) = peers.disagreeing(losses, {*alike, "other solver"}, 1e-4)
+    assert not disagreeing(losses, alike, 1e-4)
+    (found,) = disagreeing(losses, {*alike, "other solver"}, 1e-4)
     assert found.startswith("other solver: the second loss is 0.5")
-    (found,) = peers.disagreeing({**losses, "d": [0.7, 0.6]}, alike, 1e-4)
+    (found,) = disagreeing({**losses, "d": [0.7, 0.6]}, alike, 1e-4)
     assert found.startswith("d: the first loss is 0.7")
-    found = peers.disagreeing({**losses, "e": [math.nan] * 2}, {*alike, "e"}, 1e-4)
+    found = disagreeing({**losses, "e": [math.nan] * 2}, {*alike, "e"}, 1e-4)
     assert [line.split(":")[0] for line in found] == ["e", "e"]
 
 
+def test_a_shape_is_two_numbers(script, capsys):
+    for name in ("peers", "accelerator"):
+        with pytest.raises(SystemExit):
+            script(name).read_options(["--shape", "128"])
+        assert "PROMPT/COMPLETION" in capsys.readouterr().err
+
+
+def test_the_step_without_a_pair_layout_computes_the_same(script):
+    model = tiny_model()
+    params, batch = tiny_params(model), random_batch(rows=3)
+
+    def value(logprobs, params):
+        return jnp.sum(jnp.sin(jnp.where(scored_mask(batch), logprobs(params, batch), 0)))
+
+    fns = script("shared").make_full_logits_fn(model), make_logprobs_fn(model)
+    found, ours = (jax.value_and_grad(lambda p, fn=fn: value(fn, p))(params) for fn in fns)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, ours)
+
+
+def test_what_runs_inside_a_loop_is_not_the_loops(script):
+    events = [("loop", 0, 10), ("dot", 1, 4), ("dot", 5, 8), ("inside", 6, 7), ("after", 10, 12)]
+    found = sorted(script("operations")._own_times(events))
+    assert found == [("after", 2), ("dot", 2), ("dot", 3), ("inside", 1), ("loop", 4)]
+
+
+# The sides of accelerator.py
+
+TINY = [
+    "--models", "tiny", "--shape", "4/6", "--pairs", "2", "--product", "64", "--steps", "1",
+    "--warmup", "1", "--dtype", "float32", "--learning-rate", "1e-2",
+]  # fmt: skip
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def check_record(record):
+    assert record["losses"][0] == pytest.approx(math.log(2), abs=1e-4)
+    # By hand: 2880 weights a layer of 2, tokens once 2 (4 + 12), a head of 16 x 40 for 24 of them.
+    flops = 6 * (2 * 2880 * 32 + 16 * 40 * 24) + 12 * 16 * 2 * 2 * (8 + 2 * (24 + 18))
+    assert record["flops"] == flops
+    assert min(record["rate"], record["peak_bytes"], *record["seconds"]) > 0
+
+
 @pytest.mark.slow
-def test_our_sides_run_and_agree(peers, tmp_path, capsys):
+def test_a_side_is_written_down_shown_and_not_run_again(script, tmp_path, capsys):
+    accelerator, file = script("accelerator"), tmp_path / "found.jsonl"
+    words = [*TINY, "--json", str(file), "--sides", "ours"]
+    accelerator.main([*words, "--profile", str(tmp_path / "traces")])
+    shown = capsys.readouterr().out
+    (record,) = read(file)
+    check_record(record)
+    operations = [found["seconds"] for found in record["operations"]]
+    assert operations == sorted(operations, reverse=True)
+    assert 1 <= len(operations) <= 5
+    assert record["operations"][0]["name"] in shown
+    seconds = record["seconds"][0]
+    share = record["flops"] / seconds / record["rate"]
+    assert f"| ours | {seconds:.4f} | {40 / seconds:,.0f} | - | " in shown  # 2 x 2 x (4 + 6) tokens
+    assert f"| {share:.1%} | " in shown
+    accelerator.main([*words, "ours + penalty", "--minutes", "0"])
+    assert len(read(file)) == 1
+    shown = capsys.readouterr().out
+    assert "tiny 4/6 ours: done before" in shown
+    assert "1 sides are left" in shown
+
+
+@pytest.mark.long
+def test_all_our_sides_run_and_agree(script, tmp_path):
+    accelerator, file = script("accelerator"), tmp_path / "found.jsonl"
+    ours = [name for name, side in accelerator.SIDES.items() if side.library == "ours"]
+    accelerator.main([*TINY, "--json", str(file), "--sides", *ours])  # ends badly unless they agree
+    records = {record["side"]: record for record in read(file)}
+    assert list(records) == ours
+    for name, record in records.items():
+        check_record(record)
+        if accelerator.SIDES[name].same_update:
+            assert record["losses"][1] == pytest.approx(records["ours"]["losses"][1], abs=1e-4)
+    assert math.log(2) - records["ours"]["losses"][1] > 1e-3  # a step of this size is seen
+    assert records["ours + penalty"]["losses"][1] != records["ours"]["losses"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL")
+def test_trls_side_runs(script, tmp_path):
+    file = tmp_path / "found.jsonl"
+    script("accelerator").main([*TINY, "--json", str(file), "--sides", "TRL", "TRL online"])
+    best, online = read(file)
+    check_record(best)
+    assert online["losses"][1] == pytest.approx(best["losses"][1], abs=1e-4)
+    assert math.log(2) - best["losses"][1] > 1e-3
+
+
+def test_a_side_without_memory_is_a_row_and_one_that_failed_is_run_again(script, tmp_path, capsys):
+    accelerator, sides = script("accelerator"), script("step_sides")
+
+    class Fails:
+        def __init__(self, status, words):
+            self.ended = status, words
+
+        def run(self, name, script, **more):
+            raise sides.SideFailed(name, script, *self.ended)
+
+    ends = {
+        "ours": (1, "jax: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."),
+        "ours online": (-9, ""),
+        "TRL": (1, "torch.OutOfMemoryError: CUDA out of memory."),
+        "TRL flash": (1, "Traceback ...\nImportError: no flash\n"),
+    }
+    shape, file = sides.Shape(4, 6, 2), tmp_path / "found.jsonl"
+    options = accelerator.read_options(TINY)
+    told = {"rate": 1e12, "flops": 1e6}
+    records = []
+    for name, end in ends.items():
+        found = accelerator.run_side(name, accelerator.MODELS["tiny"], Fails(*end), None)
+        key = accelerator.key_at("tiny", shape, name, options)
+        records.append(found | dict(zip(accelerator.KEY, key, strict=True)) | told)
+    accelerator.show(records, shape)
+    shown = capsys.readouterr().out
+    for name in ("ours", "ours online", "TRL"):
+        assert f"| {name} | out of memory |" in shown
+    assert "| TRL flash | failed: ImportError: no flash |" in shown
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [key[-1] for key in accelerator.read_records(file)] == ["ours", "ours online", "TRL"]
+
+
+def test_rows_are_compared_with_the_fastest_of_trl(script):
+    accelerator, sides = script("accelerator"), script("step_sides")
+    told = {"wall_seconds": 1.0, "peak_bytes": 1, "flops": 6e12, "rate": 8e12}
+    seconds = {"ours": [1.0, 9.0, 1.5], "TRL": [4.0], "TRL online": [3.0]}
+    records = [{"side": name, "seconds": found, **told} for name, found in seconds.items()]
+    rows = accelerator.table(records, sides.Shape(128, 384, 4))
+    assert [row["ratio_to_trl"] for row in rows] == [2.0, 0.75, 1.0]
+    assert rows[0]["share"] == 0.5
+    assert rows[0]["tokens_per_second"] == 4 * 2 * 512 / 1.5
+
+
+def test_a_profile_is_of_our_sides(script, capsys):
+    with pytest.raises(SystemExit):
+        script("accelerator").read_options(["--profile", "x", "--sides", "ours", "TRL"])
+    assert "--profile would be ignored for TRL" in capsys.readouterr().err
+
+
+# The sides of peers.py, the steps of tpu_step.py
+
+
+@pytest.mark.slow
+def test_our_sides_beside_peers_run_and_agree(script, tmp_path, capsys):
     sides = ["ours online", "ours precomputed"]
-    peers.main(
+    script("peers").main(
         ["--shape", "4/6", "--pairs", "2", "--hidden", "16", "--layers", "1", "--vocabulary", "40",
          "--rounds", "1", "--steps", "1", "--warmup", "1", "--learning-rate", "1e-2",
          "--json", str(tmp_path / "found.json"), "--sides", *sides]
@@ -68,7 +256,28 @@ def test_our_sides_run_and_agree(peers, tmp_path, capsys):
         assert min(row[k] for k in ("seconds", "tokens_per_second", "peak_bytes", "share")) > 0
 
 
-def test_a_shape_is_two_numbers(peers, capsys):
-    with pytest.raises(SystemExit):
-        peers.read_options(["--shape", "128"])
-    assert "PROMPT/COMPLETION" in capsys.readouterr().err
+@pytest.mark.slow
+def test_the_usual_step_computes_and_holds_more(script, tmp_path, capsys):
+    tpu_step, sides = script("tpu_step"), script("step_sides")
+    (tmp_path / "small.json").write_text(json.dumps(sides.llama_config(64, 2, 4096)))
+    names = ["ours precomputed", "usual precomputed", "usual online"]
+    tpu_step.main(
+        ["--topology", "cpu:1", "--shape", "64/16", "--remat", "none", "--steps", *names,
+         "--architecture", str(tmp_path / "small.json"), "--json", str(tmp_path / "found.json")]
+    )  # fmt: skip
+    steps = json.loads((tmp_path / "found.json").read_text())["steps"]
+    ours, usual, online = steps
+    assert [step["step"] for step in steps] == names
+    # The head runs on 2 x 80 positions a pair, not on 2 x 16; the frozen model once more.
+    head = 2 * 64 * 4096 * 2 * 2
+    assert usual["flops"] - ours["flops"] > 3 * head * (80 - 16)
+    assert online["flops"] - usual["flops"] > head * 80
+    assert usual["temporaries"] - ours["temporaries"] > 4 * 4096 * 2 * 2 * (80 - 16)
+    shown = capsys.readouterr().out
+    assert all(tpu_step.line(name, step) in shown for name, step in zip(names, steps, strict=True))
+
+
+def test_a_step_that_the_compiler_refuses_is_a_line(script):
+    found = {"refusal": "too large", "needed": 20 * 2**30, "available": 16 * 2**30}
+    shown = script("tpu_step").line("usual online", found)
+    assert shown == "| usual online | the compiler refuses it: 20.0 of 16.00 GiB | | | | |"

@@ -23,10 +23,18 @@ def read_job() -> SimpleNamespace:
     return SimpleNamespace(**(job | job.pop("settings", {})))
 
 
-def read_rows(job: SimpleNamespace) -> dict[str, np.ndarray]:
-    """``prompt [B, P]``, ``chosen`` and ``rejected`` ``[B, C]``, int32, all of them real tokens."""
-    with np.load(job.rows) as found:
-        return dict(found)
+def make_rows(job: SimpleNamespace) -> dict[str, np.ndarray]:
+    """``prompt [B, P]``, ``chosen`` and ``rejected`` ``[B, C]``, int32: random ids, no padding.
+
+    The same at every side.
+    """
+    draw = np.random.default_rng(0)
+    vocabulary = job.architecture["vocab_size"]
+    lengths = {"prompt": job.prompt, "chosen": job.completion, "rejected": job.completion}
+    return {
+        name: draw.integers(0, vocabulary, (job.pairs, length)).astype(np.int32)
+        for name, length in lengths.items()
+    }
 
 
 def peak_bytes() -> int:
@@ -62,5 +70,6 @@ class Clock:
 def write_result(job: SimpleNamespace, packages: str, **found: object) -> None:
     """Leave numbers and versions where the job says."""
     versions = {name: importlib.metadata.version(name) for name in packages.split()}
-    found |= {"peak_bytes": peak_bytes(), "versions": versions, "processors": os.cpu_count()}
+    found = {"peak_bytes": peak_bytes(), **found}  # a device's own count comes first
+    found |= {"versions": versions, "processors": os.cpu_count()}
     Path(job.result).write_text(json.dumps(found))

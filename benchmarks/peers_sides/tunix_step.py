@@ -66,7 +66,7 @@ def load():
     return create_model_from_safe_tensors(job.model, config, dtype=jnp.dtype(job.dtype))
 
 
-rows = measure.read_rows(job)
+rows = measure.make_rows(job)
 ones = {name: np.ones(ids.shape, np.int32) for name, ids in rows.items()}
 batch = TrainingInput(
     prompt_ids=rows["prompt"],
