@@ -103,6 +103,8 @@ SIDES = {
 """
 
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OutOfMemoryError|ALLOC_FAILED", re.I)
+NAME = 100
+"""Letters shown of an operation: kernels have names of many hundreds."""
 KEY = ("model", "prompt", "completion", "pairs", "dtype", "steps", "side")
 """What names a record of the file."""
 
@@ -200,7 +202,7 @@ def show(records: list[Mapping[str, Any]], shape: Shape) -> None:
             for found in record["operations"]:
                 print(
                     f"  {found['seconds'] * 1e3:10.2f} ms in {found['calls']:5d} calls: "
-                    f"{found['name']}"
+                    f"{found['name'][:NAME]}"
                 )
 
 
