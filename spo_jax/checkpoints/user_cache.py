@@ -43,7 +43,7 @@ def keep_compiled(where: bool | str = True) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{folder} may not be written")
-        _make_room(folder)
+        make_room(folder, MOST_BYTES)
     except OSError as error:
         say(
             f"WARNING compiled programs are not kept ({error}): every start compiles anew. Set "
@@ -76,14 +76,14 @@ def _machine() -> str:
     return f"jaxlib-{importlib.metadata.version('jaxlib')}-{platform.machine()}-{said}"
 
 
-def _make_room(folder: Path) -> None:
-    """Take the oldest away until the rest leaves some room; another process may do the same."""
+def make_room(folder: Path, most: int) -> None:
+    """Take the oldest away until ``most`` bytes are left; another process may do the same."""
     found = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
             stat = path.stat()
             found.append((stat.st_mtime, stat.st_size, path))
-    too_much = sum(size for _, size, _ in found) - MOST_BYTES
+    too_much = sum(size for _, size, _ in found) - most
     for _, size, path in sorted(found):
         if too_much <= 0:
             return

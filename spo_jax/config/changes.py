@@ -25,7 +25,7 @@ BINDING = {
 }
 """Keys (and all below them) whose change a saved state does not survive, with the reason."""
 
-_OF_NO_ACCOUNT = ("output_dir", "compilation_cache")
+_OF_NO_ACCOUNT = ("output_dir", "compilation_cache", "rows_cache")
 
 
 class ChangedConfig(ValueError):

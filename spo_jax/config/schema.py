@@ -231,6 +231,9 @@ class Config:
     compilation_cache: bool | str = _key(
         True, "keep compiled programs for the next start: true (the user's cache), false, a folder"
     )
+    rows_cache: bool | str = _key(
+        True, "keep token rows for the next start: true (the user's cache), false, a folder"
+    )
     stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
         ("preference",),
         "sft, preference, baseline (preference again, solver preference_only), in this order",

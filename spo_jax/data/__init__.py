@@ -9,17 +9,12 @@ from spo_jax.data.formats import (
     TextRows,
     find_layout,
     format_rows,
-    split_by_prompt,
 )
 from spo_jax.data.pairs import FILLER, rows_to_batch
 from spo_jax.data.pipeline import BatchSource, TrainIterator, eval_batches, make_train_iterator
-from spo_jax.data.tokenize import (
-    TokenizedRows,
-    TokenReport,
-    encode_prompts,
-    load_tokenizer,
-    tokenize_rows,
-)
+from spo_jax.data.splits import split_by_prompt
+from spo_jax.data.token_rows import TokenizedRows, TokenReport
+from spo_jax.data.tokenize import encode_prompts, load_tokenizer, tokenize_rows
 
 __all__ = [
     "FILLER",

@@ -19,6 +19,7 @@ from spo_jax.parallel.processes import say
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+_LINES = (".jsonl", ".ndjson")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
@@ -55,6 +56,17 @@ class Records:
                 yield from _table_records(str(source), _read_parquet(source))
             else:
                 yield from _json_records(source)
+
+    def count(self) -> int | None:
+        """How many records there are, about, where that is told by the lines of files or tables."""
+        if any(isinstance(s, Path) and not s.name.endswith(_LINES) for s in self.sources):
+            return None
+        return sum(_lines_of(s) if isinstance(s, Path) else len(s) for s in self.sources)
+
+
+def _lines_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def load_records(

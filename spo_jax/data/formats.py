@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from spo_jax.data.badrow import BadRow, shown
 from spo_jax.data.chat import ChatFormat
 from spo_jax.data.columns import Columns
 from spo_jax.data.files import Record
 from spo_jax.data.layouts import LAYOUTS, Layout, TextRow, not_blank
-from spo_jax.data.reader import Reader
+from spo_jax.data.reader import Reader, Seen
 from spo_jax.types import SFTRow
+
+Kind: TypeAlias = Literal["preference", "sft"]
+OnBadRow: TypeAlias = Literal["error", "skip"]
 
 _EXAMPLES = 5
 _LOOK_AHEAD = 1000
@@ -28,6 +30,9 @@ class RowError(ValueError):
     def __init__(self, file: str, row: int, reason: str, message: str):
         super().__init__(message)
         self.file, self.row, self.reason = file, row, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it goes from process to process
+        return type(self), (self.file, self.row, self.reason, str(self))
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,107 @@ class TextRows(Sequence):
         )
 
 
+class Tally(NamedTuple):
+    """What became of some records; those of chunks add up to a report."""
+
+    read: int
+    kept: int
+    bad: Counter[str]
+    examples: tuple[str, ...]
+    seen: Seen
+
+
+class RowFormat(NamedTuple):
+    """How the records of a data set become rows: its layout, and the options of ``format_rows``."""
+
+    chat: ChatFormat
+    kind: Kind
+    layout: str
+    on_bad_row: OnBadRow = "error"
+    columns: Mapping[str, str] | None = None
+    ignore_columns: Sequence[str] = ()
+    split_special_tokens: bool = False
+
+    def read(
+        self, records: Iterable[Record], *, first: int = 0, max_rows: int | None = None
+    ) -> tuple[TextRows, Tally]:
+        """The rows of records, of which the first has the place ``first`` among all.
+
+        Raises ``RowError`` as ``format_rows`` does.
+        """
+        stream, reader, parse = iter(records), self._reader(), LAYOUTS[self.kind][self.layout]
+        rows: list[TextRow] = []
+        source_rows: list[int] = []
+        bad: Counter[str] = Counter()
+        examples: list[str] = []
+        read = 0
+        for read, record in enumerate(stream, start=1):
+            row = _parse_record(record, parse, reader)
+            if not isinstance(row, BadRow):
+                rows.append(row)
+                source_rows.append(first + read - 1)
+            elif self.on_bad_row == "error":
+                raise _row_error(record, row, stream, parse, reader)
+            else:
+                bad[row.reason] += 1
+                if len(examples) < _EXAMPLES:
+                    examples.append(f"{record.file}:{record.row}: {row}")
+            if max_rows is not None and len(rows) >= max_rows:
+                break
+        tally = Tally(read, len(rows), bad, tuple(examples), reader.seen())
+        return TextRows(tuple(rows), tuple(source_rows), self.chat.turn.end), tally
+
+    def report(self, tallies: Iterable[Tally], notes: Sequence[str] = ()) -> FormatReport:
+        """One report over the records of all ``tallies``, behind ``notes`` on the files.
+
+        Raises ``ValueError`` where no row was kept.
+        """
+        reader, bad, examples = self._reader(), Counter(), []
+        read = kept = 0
+        for tally in tallies:
+            read, kept = read + tally.read, kept + tally.kept
+            bad.update(tally.bad)
+            examples = [*examples, *tally.examples][:_EXAMPLES]
+            reader.add(tally.seen)
+        said = (*notes, *reader.lines())
+        report = FormatReport(
+            self.layout, read, kept, dict(bad.most_common()), tuple(examples), said
+        )
+        if not kept:
+            raise ValueError(f"no row can be used: {report}")
+        return report
+
+    def _reader(self) -> Reader:
+        columns = Columns(self.columns, self.ignore_columns)
+        return Reader(self.chat, columns, split_special_tokens=self.split_special_tokens)
+
+
+def begin(
+    records: Iterable[Record],
+    *,
+    kind: Kind,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
+) -> tuple[str, Iterator[Record]]:
+    """The layout of a data set, by its first records; and all of them as a stream.
+
+    Raises ``ValueError`` for an unknown layout, or without a record.
+    """
+    stream = iter(records)
+    first = list(itertools.islice(stream, 16))
+    if not first:
+        name = getattr(records, "name", "the data set")
+        raise ValueError(f"{name}: no readable row: it is empty")
+    named = renamed_fields(first, Columns(columns, ignore_columns))
+    return find_layout(named, kind, first), itertools.chain(first, stream)
+
+
 def format_rows(
     records: Iterable[Record],
     chat: ChatFormat,
     *,
-    kind: Literal["preference", "sft"],
-    on_bad_row: Literal["error", "skip"] = "error",
+    kind: Kind,
+    on_bad_row: OnBadRow = "error",
     max_rows: int | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
@@ -102,41 +202,10 @@ def format_rows(
     Raises ``RowError`` at the first bad row (``on_bad_row="error"``) and ``ValueError`` for an
     unknown layout or a data set with no good row.
     """
-    stream = iter(records)
-    first = list(itertools.islice(stream, 16))
-    name = getattr(records, "name", "the data set")
-    if not first:
-        raise ValueError(f"{name}: no readable row: it is empty")
-    reader = Reader(
-        chat, Columns(columns, ignore_columns), split_special_tokens=split_special_tokens
-    )
-    layout = find_layout(renamed_fields(first, reader.columns), kind, first)
-    parse = LAYOUTS[kind][layout]
-    stream = itertools.chain(first, stream)
-
-    rows: list[TextRow] = []
-    source_rows: list[int] = []
-    bad: Counter[str] = Counter()
-    examples: list[str] = []
-    read = 0
-    for read, record in enumerate(stream, start=1):
-        row = _parse_record(record, parse, reader)
-        if not isinstance(row, BadRow):
-            rows.append(row)
-            source_rows.append(read - 1)
-        elif on_bad_row == "error":
-            raise _row_error(record, row, stream, parse, reader)
-        else:
-            bad[row.reason] += 1
-            if len(examples) < _EXAMPLES:
-                examples.append(f"{record.file}:{record.row}: {row}")
-        if max_rows is not None and len(rows) >= max_rows:
-            break
-    said = (*getattr(records, "notes", ()), *reader.lines())
-    report = FormatReport(layout, read, len(rows), dict(bad.most_common()), tuple(examples), said)
-    if not rows:
-        raise ValueError(f"no row can be used: {report}")
-    return TextRows(tuple(rows), tuple(source_rows), chat.turn.end), report
+    layout, stream = begin(records, kind=kind, columns=columns, ignore_columns=ignore_columns)
+    form = RowFormat(chat, kind, layout, on_bad_row, columns, ignore_columns, split_special_tokens)
+    rows, tally = form.read(stream, max_rows=max_rows)
+    return rows, form.report([tally], getattr(records, "notes", ()))
 
 
 def renamed_fields(first: Sequence[Record], columns: Columns) -> list[Mapping[str, Any]]:
@@ -160,41 +229,9 @@ def renamed_fields(first: Sequence[Record], columns: Columns) -> list[Mapping[st
     return found
 
 
-def split_by_prompt(rows: TextRows, *, fraction: float, seed: int) -> tuple[TextRows, TextRows]:
-    """Split into (training, held-out) rows so that no prompt lies on both sides.
-
-    Prompts, in the order of a hash with ``seed``, are held out whole as long as they fit into
-    ``fraction`` of the rows. Rows without a prompt count as prompts of their own text.
-
-    Raises ``ValueError`` for a fraction outside (0, 1) or fewer than two prompts.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction={fraction}: expected a number between 0 and 1")
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.prompt or repr(tuple(row)), []).append(i)
-    if len(groups) < 2:
-        raise ValueError(f"{len(rows)} rows with one prompt cannot be split by prompt")
-
-    def place(prompt: str) -> bytes:
-        return hashlib.sha256(f"{seed}\x1f{prompt}".encode("utf-8", "surrogatepass")).digest()
-
-    ordered = sorted(groups, key=place)
-    room = max(1, round(fraction * len(rows)))
-    held_out: list[int] = []
-    for prompt in ordered:
-        if len(held_out) + len(groups[prompt]) <= room:
-            held_out += groups[prompt]
-    # No prompt is rare enough: the rarest overshoots least.
-    held_out = held_out or groups[min(ordered, key=lambda p: len(groups[p]))]
-    out = set(held_out)
-    training = (i for i in range(len(rows)) if i not in out)
-    return rows.take(training), rows.take(sorted(out))
-
-
 def find_layout(
     fields: Sequence[Mapping[str, Any]],
-    kind: Literal["preference", "sft"],
+    kind: Kind,
     first: Sequence[Record] = (),
 ) -> str:
     """The name of the first layout of ``LAYOUTS[kind]`` whose columns are all in the rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from spo_jax.data.badrow import BadRow, shown
 from spo_jax.data.chat import ChatFormat
@@ -23,6 +23,16 @@ from spo_jax.types import PreferenceRow, SFTRow
 
 VARIABLES = ("tools", "chat_template_kwargs")
 """Columns that go to the chat template beside the messages."""
+
+
+class Seen(NamedTuple):
+    """What a reader has counted over some rows, to be added to what another has."""
+
+    said: Counter[str]
+    control: Counter[str]
+    plain_texts: int
+    not_read: Counter[str]
+    left_out: frozenset[str]
 
 
 class Reader:
@@ -163,6 +173,20 @@ class Reader:
                 text = cut.prompt + "".join(piece for piece, _ in cut.pieces)
                 left_out = sum(name not in text for name in named)
                 self.said[f"turns whose {key} the chat template leaves out"] += left_out
+
+    def seen(self) -> Seen:
+        """What was counted so far."""
+        columns = self.columns
+        left_out = frozenset(columns.left_out)
+        return Seen(self.said, self.control, self.plain_texts, columns.not_read, left_out)
+
+    def add(self, seen: Seen) -> None:
+        """Count what another reader has seen of other rows."""
+        self.said.update(seen.said)
+        self.control.update(seen.control)
+        self.plain_texts += seen.plain_texts
+        self.columns.not_read.update(seen.not_read)
+        self.columns.left_out.update(seen.left_out)
 
     def lines(self) -> list[str]:
         """What was counted, in words."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -154,6 +156,27 @@ def gathered(values: Any) -> np.ndarray:
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.process_allgather(values, tiled=True))
+
+
+def exchanged(data: bytes) -> list[bytes]:
+    """The ``data`` of every process, in all of them; devices hold a part of it at a time."""
+    count = jax.process_count()
+    if count == 1:
+        return [data]
+    sizes = gathered(np.array([len(data)], np.int32))
+    room = max(64, 1 << (int(sizes.max()) - 1).bit_length())  # few shapes, each compiled once
+    padded = np.zeros(room, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    step = min(room, max(1 << 16, (1 << 26) // (1 << (count - 1).bit_length())))
+    parts = [gathered(padded[at : at + step]).reshape(count, -1) for at in range(0, room, step)]
+    whole = np.concatenate(parts, axis=1)
+    return [row[:size].tobytes() for row, size in zip(whole, sizes, strict=True)]
+
+
+def processes_of_host() -> list[int]:
+    """The processes of this run on the host of this one, itself among them."""
+    name = zlib.crc32(socket.gethostname().encode()) & 0x7FFFFFFF
+    return np.flatnonzero(gathered(np.array([name], np.int32)) == name).tolist()
 
 
 def everywhere(array: jax.Array) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from spo_jax.config.schema import DataConfig, TaskConfig
@@ -14,10 +15,11 @@ from spo_jax.data import (
     format_rows,
     load_records,
     make_chat_format,
-    split_by_prompt,
-    tokenize_rows,
 )
+from spo_jax.data.chat import template_text
+from spo_jax.data.shares import Prepared, Recipe
 from spo_jax.parallel.processes import say
+from spo_jax.policies.prepared import prepare_records
 from spo_jax.tasks import arithmetic
 
 
@@ -75,34 +77,44 @@ def prepare_rows(
     seed: int,
     name: str,
     date: str | None = None,
+    cache: bool | str = False,
 ) -> Rows:
     """Read, check, split and tokenize a data set; says what was kept, cut and dropped.
 
     ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration, ``date``
-    what chat templates are told.
+    what chat templates are told, ``cache`` where token rows are kept (``prepare_records``).
     """
-    rows = read_rows(data, kind, tokenizer, name=name, date=date)
-    heldout = None
+    template = data.chat_template
+    recipe = Recipe(
+        kind=kind,
+        max_prompt_length=data.max_prompt_length,
+        max_completion_length=data.max_completion_length,
+        on_bad_row=data.on_bad_row,
+        max_rows=data.max_rows,
+        columns=tuple(data.columns.items()),
+        ignore_columns=tuple(data.ignore_columns),
+        split_special_tokens=data.split_special_tokens,
+        chat_template=None if template is None else template_text(template),
+        date=date,
+        eval_fraction=0.0 if data.eval is not None else data.eval_fraction,
+        seed=seed if data.eval_fraction else 0,
+    )
+
+    def prepare(source: str, split: str, recipe: Recipe, name: str) -> Prepared:
+        records = load_records(source, split=split, subset=data.subset)
+        return prepare_records(records, tokenizer, recipe, name=name, cache=cache)
+
+    def tell(labels: Sequence[str], lines: Sequence[str]) -> None:
+        for label, line in zip(labels, lines, strict=False):
+            say(f"{label}: {line}")
+
+    (train, *held), lines = prepare(data.train, data.train_split, recipe, name)
+    tell((name, f"{name} train", f"{name} held out"), lines)
     if data.eval is not None:
-        section = dataclasses.replace(
-            data, train=data.eval, train_split=data.eval_split, max_rows=None
-        )
-        heldout = read_rows(section, kind, tokenizer, name=f"{name}.eval", date=date)
-    elif data.eval_fraction:
-        rows, heldout = split_by_prompt(rows, fraction=data.eval_fraction, seed=seed)
-
-    def tokenize(some, label):
-        tokenized, report = tokenize_rows(
-            some,
-            tokenizer,
-            max_prompt_length=data.max_prompt_length,
-            max_completion_length=data.max_completion_length,
-        )
-        say(f"{name} {label}: {report}")
-        return tokenized
-
-    train = tokenize(rows, "train")
-    held = tokenize(heldout, "held out") if heldout else None
+        recipe = dataclasses.replace(recipe, max_rows=None)
+        held, lines = prepare(data.eval, data.eval_split, recipe, f"{name}.eval")
+        tell((f"{name}.eval", f"{name} held out"), lines)
+    held = held[0] if held else None
     buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
     return Rows(train, held, buckets if held is None else _room_for(held, buckets, data))
 

@@ -55,7 +55,13 @@ def rows_of_stage(
                 data = builtin_data(config, section, policy, root, resume=resume)
             kind = "preference" if section == "data" else "sft"
             read[section] = prepare_rows(
-                data, kind, policy.tokenizer, seed=config.seed, name=section, date=config.date
+                data,
+                kind,
+                policy.tokenizer,
+                seed=config.seed,
+                name=section,
+                date=config.date,
+                cache=config.rows_cache,
             )
             check_rows(read[section], policy.model.config, policy.tokenizer, section)
         return read[section]
