@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spo_jax.models.architecture import DecoderConfig, Execution, RopeScaling
 from spo_jax.models.attention import Layout
-from spo_jax.models.cache import Cache, grow_cache
+from spo_jax.models.cache import Cache, grow_cache, take_rows
 from spo_jax.models.decoder import Model
 from spo_jax.models.families import FAMILIES, decoder_config_from_hf, decoder_config_to_hf
 from spo_jax.models.folders import load_hf_config, resolve_model_folder
@@ -29,4 +29,5 @@ __all__ = [
     "load_params",
     "resolve_model_folder",
     "save_pretrained",
+    "take_rows",
 ]

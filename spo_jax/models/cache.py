@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +50,10 @@ def grow_cache(cache: Cache, length: int) -> Cache:
 
     keys, values, valid = jax.tree.map(longer, (cache.keys, cache.values, cache.valid))
     return cache._replace(keys=keys, values=values, valid=valid)
+
+
+def take_rows(cache: Cache, take: Callable[[Any], Any]) -> Cache:
+    """The cache of the rows that ``take`` picks out of an array of rows."""
+    parts = (cache.keys, cache.values, cache.valid, cache.positions)
+    keys, values, valid, positions = jax.tree.map(take, parts)
+    return Cache(keys, values, valid, positions, cache.slot)

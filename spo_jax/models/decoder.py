@@ -7,7 +7,9 @@ One trunk serves training and generation. Norms, projections and MLPs run on pac
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,9 +26,10 @@ from spo_jax.models.attention import (
     split_branches,
 )
 from spo_jax.models.cache import Cache, empty_cache
+from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
 from spo_jax.models.rope import rotate, rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
-from spo_jax.parallel.constraints import ROWS, constrain
+from spo_jax.parallel.constraints import ROWS, constrain, platform
 from spo_jax.types import Params, Segments
 
 
@@ -50,6 +53,7 @@ class _Projecting(nn.Module):
 
     config: DecoderConfig
     execution: Execution
+    product: Callable[..., Any] | None = None
 
     def project(self, x, features: int, name: str, *, bias: bool):
         dense = nn.Dense(
@@ -58,6 +62,7 @@ class _Projecting(nn.Module):
             dtype=self.execution.compute_dtype,
             param_dtype=self.execution.param_dtype,
             kernel_init=nn.initializers.normal(self.config.initializer_range),
+            dot_general=self.product,
             name=name,
         )
         # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
@@ -100,15 +105,16 @@ class Layer(nn.Module):
 
     config: DecoderConfig
     execution: Execution
+    product: Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x, window, cached, rotation, context):
-        c, e = self.config, self.execution
+        c, e, p = self.config, self.execution, self.product
         window = c.shared_window if window is None else window
         normed = RMSNorm(c.rms_norm_eps, e, name="attention_norm")(x)
-        out, kept = Attention(c, e, name="attention")(normed, rotation, context, window, cached)
+        out, kept = Attention(c, e, p, name="attention")(normed, rotation, context, window, cached)
         x += out
-        x += MLP(c, e, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
+        x += MLP(c, e, p, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
         return constrain(x, e.mesh, ROWS, None, None), kept
 
 
@@ -270,17 +276,36 @@ class Model:
         )
 
     def decode_params(self, params: Params) -> Params:
-        """Parameters for many ``decode_step``: matrices in the compute dtype, cast once."""
+        """Parameters for many ``decode_step``: matrices in the compute dtype, cast once.
+
+        On a CPU also a tree a layer, with matrices as ``few_rows_product`` reads them. The tied
+        embedding is one already.
+        """
         dtype = self.execution.compute_dtype
-        return jax.tree.map_with_path(
+        params = jax.tree.map_with_path(
             lambda path, x: x.astype(dtype) if path[-1].key in _MATRICES else x, params
         )
+        if not self._on_cpu:
+            return params
+        params = {**params, "layers": layer_by_layer(params["layers"], self.config.num_layers)}
+        if "head" in params:
+            params["head"] = params["head"].T
+        return params
+
+    def decode_logits(self, params: Params, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Logits in float32 by the parameters of ``decode_params``."""
+        if not self._on_cpu:
+            head = self.output_head(params)
+            return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        matrix = params["embed" if self.config.tie_word_embeddings else "head"]
+        return few_rows_product(hidden, matrix.T, preferred_element_type=jnp.float32)
 
     def decode_step(
         self, params: Params, cache: Cache, tokens: Int[Array, "B"]
     ) -> tuple[Float[Array, "B D"], Cache]:
         """Append one token a row; returns its hidden state and the cache that now holds it.
 
+        ``params`` are those of ``decode_params``.
         The layers are written out one after the other: a scan over them would copy each
         layer's part of the cache at every step.
         """
@@ -292,13 +317,21 @@ class Model:
         x = params["embed"][tokens][:, None].astype(e.compute_dtype)
         kept = []
         for i, cached in enumerate(zip(cache.keys, cache.values, strict=True)):
-            layer = {"params": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])}
+            if self._on_cpu:
+                layer, product = transpose_kernels(params["layers"][i]), few_rows_product
+            else:
+                layer, product = jax.tree.map(lambda x, i=i: x[i], params["layers"]), None
             window = None if c.layer_windows is None else int(c.layer_windows[i])
-            x, now = Layer(c, e).apply(layer, x, window, cached, rotated, context)
+            apply = Layer(c, e, product).apply
+            x, now = apply({"params": layer}, x, window, cached, rotated, context)
             kept.append(now)
         keys, values = zip(*kept, strict=True)
         x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)
         return x[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.slot + 1)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return platform(self.execution.mesh) == "cpu"
 
     @property
     def _trunk(self) -> Decoder:

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from spo_jax.models import Cache, Model, grow_cache
+from spo_jax.models import Cache, Model, grow_cache, take_rows
+from spo_jax.parallel.processes import everywhere
+from spo_jax.policies.live_rows import (
+    count_live,
+    live_first,
+    pick_rows,
+    put_rows,
+    row_groups,
+    row_steps,
+)
 from spo_jax.types import Params
 
 NOT_FINITE = -1
@@ -36,9 +45,10 @@ def generate(
     with ``fold_in(keys[row], t)``, so what is drawn for a prompt does not depend on which
     rows are beside it; from the ``top_k`` likeliest tokens, of these from the fewest that
     hold ``top_p`` of their mass at that temperature (``truncate``). Stops when every row has
-    its EOS. The cache grows in a few steps (``room_steps``), each compiled once a shape, so
-    that short completions do not attend to the room that long ones would need. Where the logits
-    of a row are not finite its token is ``NOT_FINITE`` and it ends.
+    its EOS; those that have it leave the batch when half of its rows would do (``row_steps``).
+    The cache grows in a few steps (``room_steps``), each compiled once a shape, so that short
+    completions do not attend to the room that long ones would need. Where the logits of a row
+    are not finite its token is ``NOT_FINITE`` and it ends.
 
     Raises:
         ValueError: a setting out of its range, or one that the greedy choice would ignore.
@@ -52,20 +62,40 @@ def generate(
         top_p=None if top_p is None else jnp.float32(top_p),
     )
     settings = {"top_k": top_k, "eos_ids": tuple(eos_ids), "pad_id": pad_id}
-    P = prompt_tokens.shape[1]
+    B, P = prompt_tokens.shape
     rooms = room_steps(max_new_tokens)
     progress = _start(
         model, params, prompt_tokens, prompt_mask, draw,
         room=rooms[0], max_new_tokens=max_new_tokens, **settings,
     )  # fmt: skip
-    for i, room in enumerate(rooms):
-        if i:
-            progress = progress._replace(cache=_grow(progress.cache, length=P + room))
-        progress, finished = _advance(model, params, progress, draw, until=room, **settings)
-        # Under an outer jit nothing is known yet: the steps to come then find nothing to do.
-        if not isinstance(finished, jax.core.Tracer) and finished:
-            break
-    return progress.tokens
+    # Behind the prompts: what those need beside the parameters is free again.
+    params = _decode_params(model, params)
+    groups = row_groups(model.mesh, B)
+    # Under an outer jit nothing is known yet: no row is dropped, and the steps that come behind
+    # the last EOS find nothing to do.
+    traced = isinstance(progress.step, jax.core.Tracer)
+    sizes = (B,) if traced else row_steps(B, groups)
+    dropped, step, live = None, 1, B
+    for room in rooms:
+        while step < room and live:
+            if max_new_tokens - step < _WORTH_STEPS:
+                sizes = sizes[:1]
+            while len(sizes) > 1 and live <= sizes[1]:
+                sizes = sizes[1:]
+            if sizes[0] < len(progress.done):
+                progress, draw, dropped = _drop(
+                    model, progress, draw, dropped, size=sizes[0], groups=groups
+                )
+            if progress.cache.valid.shape[1] < P + room:
+                progress = progress._replace(cache=_grow(progress.cache, length=P + room))
+            fewer = sizes[1] if len(sizes) > 1 else 0
+            progress, seen = _advance(
+                model, params, progress, draw, fewer, until=room, groups=groups, **settings
+            )
+            if traced:
+                break
+            step, live = everywhere(seen).tolist()
+    return progress.tokens if dropped is None else _together(model, progress.tokens, dropped)
 
 
 def check_sampling(
@@ -88,6 +118,9 @@ def check_sampling(
 
 
 _FIRST_ROOM = 128
+
+_WORTH_STEPS = 32
+"""With fewer tokens to come, compiling for a smaller batch takes longer than it saves."""
 
 
 def room_steps(max_new_tokens: int) -> tuple[int, ...]:
@@ -141,8 +174,14 @@ class _Progress(NamedTuple):
     cache: Cache
 
 
-def _choose(head, hidden, step, draw: _Draw, top_k: int | None) -> Int[Array, "B"]:
-    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+class _Dropped(NamedTuple):
+    """Tokens of all rows, and where those that are still computed belong in their group."""
+
+    tokens: Int[Array, "B max_new_tokens"]
+    places: Int[Array, "groups n"]
+
+
+def _choose(logits, step, draw: _Draw, top_k: int | None) -> Int[Array, "B"]:
     # A NaN or an infinity comes through the largest; argmax alone would make a token of it.
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if draw.keys is None:
@@ -180,8 +219,13 @@ def _start(
         done=jnp.zeros((B,), bool),
         cache=cache,
     )
-    head = model.output_head(model.decode_params(params))
-    return _put(nothing, _choose(head, hidden, 0, draw, top_k), cache, eos_ids, pad_id)
+    logits = model.decode_logits(model.decode_params(params), hidden)
+    return _put(nothing, _choose(logits, 0, draw, top_k), cache, eos_ids, pad_id)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode_params(model, params):
+    return model.decode_params(params)
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -189,19 +233,46 @@ def _grow(cache, length):
     return grow_cache(cache, length)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "until"), donate_argnames="progress")
-def _advance(model, params, progress, draw, *, until, top_k, eos_ids, pad_id):
-    """Choose tokens up to number ``until``; also whether every row is done."""
-    params = model.decode_params(params)
-    head = model.output_head(params)
+@functools.partial(jax.jit, static_argnames=("model", "size", "groups"))
+def _drop(model, progress, draw, dropped, *, size, groups):
+    """Go on with ``size`` rows: the unfinished ones, and others where groups differ."""
+    first = live_first(progress.done, groups, size)
+    if dropped is None:
+        tokens, places = progress.tokens, first
+    else:
+        tokens = _together(model, progress.tokens, dropped)
+        places = jnp.take_along_axis(dropped.places, first, axis=1)
+
+    def take(x):
+        return pick_rows(x, first, model.mesh)
+
+    own, token, done = (take(x) for x in (progress.tokens, progress.token, progress.done))
+    progress = _Progress(progress.step, own, token, done, take_rows(progress.cache, take))
+    keys = None if draw.keys is None else take(draw.keys)
+    return progress, draw._replace(keys=keys), _Dropped(tokens, places)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _together(model, tokens, dropped):
+    return put_rows(dropped.tokens, dropped.places, tokens, model.mesh)
+
+
+@functools.partial(
+    jax.jit, static_argnames=(*_STATIC, "until", "groups"), donate_argnames="progress"
+)
+def _advance(model, params, progress, draw, fewer, *, until, groups, top_k, eos_ids, pad_id):
+    """Choose tokens up to number ``until``, or until ``fewer`` rows would do.
+
+    Also the number of tokens chosen and of rows needed.
+    """
 
     def unfinished(progress):
-        return (progress.step < until) & ~jnp.all(progress.done)
+        return (progress.step < until) & (count_live(progress.done, groups) > fewer)
 
     def advance(progress):
         hidden, cache = model.decode_step(params, progress.cache, progress.token)
-        chosen = _choose(head, hidden, progress.step, draw, top_k)
+        chosen = _choose(model.decode_logits(params, hidden), progress.step, draw, top_k)
         return _put(progress, chosen, cache, eos_ids, pad_id)
 
     progress = jax.lax.while_loop(unfinished, advance, progress)
-    return progress, jnp.all(progress.done)
+    return progress, jnp.stack([progress.step, count_live(progress.done, groups)])

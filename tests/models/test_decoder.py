@@ -158,6 +158,7 @@ def test_cache_equals_the_full_forward(window):
     hidden, cache = prefill(params, model.init_cache(3, 9), prompt, mask)
     np.testing.assert_allclose(hidden, last[:, -1], rtol=1e-5, atol=1e-5)
     step = jax.jit(model.decode_step)
+    params = model.decode_params(params)
     for t in range(5):
         hidden, cache = step(params, cache, completions[:, 0, t])
         np.testing.assert_allclose(hidden, completed[:, 0, t], rtol=1e-5, atol=1e-5)

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from spo_jax.models import init_model, load_model, load_params
+from spo_jax.parallel.mesh import make_mesh
+from spo_jax.policies import decoding
 from spo_jax.policies.completions import complete
 from spo_jax.policies.decoding import NOT_FINITE, generate, room_steps, truncate
 from tests.data.tiny_data import make_char_tokenizer
@@ -263,6 +266,62 @@ def test_rooms_that_are_not_needed_are_not_compiled(load, monkeypatch):
         greedy(model, params, tokens, mask)
 
 
+def ending_early(model, params, rows, temperature, mesh=None):
+    """What ``rows`` prompts give, what they give without EOS, and the ids that are one."""
+    rng = np.random.default_rng(0)
+    tokens, mask = prompts(tuple(rng.integers(1, 8, rows)))
+    if mesh is not None:
+        cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        tokens, mask = jax.device_put((tokens, mask), cut)
+    settings = {
+        "max_new_tokens": NEW, "temperature": temperature, "pad_id": 39,
+        "keys": jax.random.split(jax.random.PRNGKey(0), rows),
+    }  # fmt: skip
+    free = np.asarray(generate(model, params, tokens, mask, eos_ids=(), **settings))
+    early = tuple(int(i) for i in np.unique(free[: rows // 2, 3]))
+    return np.asarray(generate(model, params, tokens, mask, eos_ids=early, **settings)), free, early
+
+
+def check_dropping(monkeypatch, model, params, rows, temperature, mesh=None):
+    whole, free, early = ending_early(model, params, rows, temperature, mesh)
+    for row, unstopped in zip(whole, free, strict=True):
+        ends = np.flatnonzero(np.isin(unstopped, early))
+        length = ends[0] + 1 if len(ends) else NEW
+        np.testing.assert_array_equal(row[:length], unstopped[:length])
+        assert (row[length:] == 39).all()
+    sizes = []
+    drop = decoding._drop
+
+    def spy(*args, size, groups):
+        sizes.append(size)
+        return drop(*args, size=size, groups=groups)
+
+    monkeypatch.setattr(decoding, "_drop", spy)
+    monkeypatch.setattr(decoding, "_WORTH_STEPS", 0)
+    monkeypatch.setattr(decoding, "_FIRST_ROOM", 4)
+    monkeypatch.setattr("spo_jax.policies.live_rows._FEWEST", 1)
+    np.testing.assert_array_equal(ending_early(model, params, rows, temperature, mesh)[0], whole)
+    return sizes
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_ended_are_dropped_and_nothing_changes(load, monkeypatch, temperature):
+    sizes = check_dropping(monkeypatch, *load("mistral"), 16, temperature)
+    assert len(sizes) > 1
+    assert set(sizes) <= {8, 4, 2}
+
+
+@pytest.mark.slow
+def test_rows_are_dropped_where_they_are(monkeypatch):
+    """On a mesh each device keeps as many rows as the one with most unfinished ones needs."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    model = tiny_model(mesh=mesh)
+    sizes = check_dropping(monkeypatch, model, tiny_params(model), 32, 1.0, mesh)
+    assert sizes
+    assert set(sizes) <= {16, 8, 4}
+
+
 @pytest.mark.slow
 def test_generation_can_be_part_of_a_compiled_function(load, monkeypatch):
     model, params = load("llama")
@@ -274,6 +333,19 @@ def test_generation_can_be_part_of_a_compiled_function(load, monkeypatch):
     np.testing.assert_array_equal(inside(params, tokens, mask), plain)
 
 
+@pytest.mark.slow
+def test_inside_a_compiled_function_no_row_is_dropped(load, monkeypatch):
+    model, params = load("llama")
+    tokens, mask = prompts()
+    ends = tuple(int(i) for i in greedy(model, params, tokens, mask)[:2, 1])
+    stopped = greedy(model, params, tokens, mask, eos_ids=ends)
+    monkeypatch.setattr("spo_jax.policies.live_rows._FEWEST", 1)
+    monkeypatch.setattr(decoding, "_WORTH_STEPS", 0)
+    settings = {"max_new_tokens": NEW, "temperature": 0.0, "eos_ids": ends}
+    inside = jax.jit(lambda p, t, m: generate(model, p, t, m, **settings))
+    np.testing.assert_array_equal(inside(params, tokens, mask), stopped)
+
+
 def test_matrices_are_cast_once():
     model = tiny_model(compute_dtype="bfloat16")
     params = model.decode_params(tiny_params(model))
@@ -281,8 +353,8 @@ def test_matrices_are_cast_once():
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    assert dtypes["embed"] == dtypes["layers/attention/q/kernel"] == jnp.bfloat16
-    assert dtypes["final_norm/scale"] == dtypes["layers/mlp_norm/scale"] == jnp.float32
+    assert dtypes["embed"] == dtypes["layers/0/attention/q/kernel"] == jnp.bfloat16
+    assert dtypes["final_norm/scale"] == dtypes["layers/0/mlp_norm/scale"] == jnp.float32
 
 
 @pytest.mark.wide
