@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from spo_jax.config.validation import loss_function
+from spo_jax.config.choices import loss_function
 from spo_jax.models import init_model, save_pretrained
 from tests.losses.test_preference import POLICY, REFERENCE
 from tests.tiny import ARCHITECTURE
@@ -37,6 +37,6 @@ def test_training_loop(tmp_path):
 def test_loss_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(BLOCKS[1])
     monkeypatch.chdir(tmp_path)
-    loss = loss_function("my_losses:robust_dpo_loss")
-    plain = loss(POLICY, REFERENCE, beta=0.5, flip=0.0)
+    loss = loss_function("my_losses:offset_dpo_loss")
+    plain = loss(POLICY, REFERENCE, beta=0.5, offset=0.0)
     assert float(plain[0]) == pytest.approx(float(jax.nn.softplus(-0.5)), rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,7 @@ def check_changes(
 
 
 def _reason(key: str) -> str | None:
+    key = re.sub(r"\.\d+\.", ".", key)  # of a list of losses each has its name
     return next((why for k, why in BINDING.items() if key == k or key.startswith(f"{k}.")), None)
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from spo_jax.config.parsing import ConfigError, nearest
-from spo_jax.config.schema import Named
-from spo_jax.losses import LOSSES, hyperparameters
+from spo_jax.config.schema import MIXTURE, Named
+from spo_jax.losses import (
+    LOSSES,
+    PairLogprobs,
+    PreferenceLoss,
+    alphadpo_init_statistics,
+    hyperparameters,
+    make_mixture,
+    make_preference_loss,
+)
 from spo_jax.solvers import SOLVERS
 
 
@@ -20,8 +31,10 @@ def solver_uses(name: str, level: str) -> bool:
     return name in SOLVERS and level in inspect.signature(SOLVERS[name]).parameters
 
 
-def loss_function(name: str):
+def loss_function(name: str, key: str = "loss"):
     """The loss of the table, or a function of one's own given as ``module:function``.
+
+    ``key`` is where the name stands in the configuration.
 
     Raises:
         ConfigError: no such loss, module or function.
@@ -39,7 +52,7 @@ def loss_function(name: str):
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(
-                f"loss.name={name!r}: {reason}. It is read as module:function; the module must "
+                f"{key}.name={name!r}: {reason}. It is read as module:function; the module must "
                 f"be importable from {Path.cwd()}"
             ) from None
         positional = [
@@ -47,14 +60,65 @@ def loss_function(name: str):
         ]
         if not 1 <= len(positional) <= 3:
             raise ConfigError(
-                f"loss.name={name!r} takes {len(positional)} positional arguments: a loss is a "
+                f"{key}.name={name!r} takes {len(positional)} positional arguments: a loss is a "
                 "function of policy[, reference[, statistics]], its options keywords behind a *"
             )
         return found
     raise ConfigError(
-        f"loss.name={name!r}: choose one of {', '.join(LOSSES)}{nearest(name, list(LOSSES))}, "
+        f"{key}.name={name!r}: choose one of {', '.join(LOSSES)}{nearest(name, list(LOSSES))}, "
         "or module:function for one of your own"
     )
+
+
+def check_loss(loss: Named) -> None:
+    """Raise ``ConfigError`` for a loss, or one of a mixture, that cannot be made as it is asked."""
+    if loss.name != MIXTURE:
+        _check_one_loss("loss", loss)
+        return
+    if not loss.options["losses"]:
+        raise ConfigError("loss is an empty list: name a loss, or several with a weight each")
+    for number, member in enumerate(loss.options["losses"]):
+        key = f"loss[{number}]"
+        if not isinstance(member, Mapping) or "name" not in member:
+            raise ConfigError(f"{key}={member!r}: expected {{name: dpo, weight: 0.5, beta: 0.1}}")
+        weight = member.get("weight")
+        if not _is_number(weight) or weight <= 0:
+            raise ConfigError(
+                f"{key}.weight={weight!r}: each loss of a list needs its weight, a positive number"
+            )
+        _check_one_loss(key, _unweighted(member))
+
+
+def bound_loss(loss: Named) -> PreferenceLoss:
+    """The loss that is asked for with its hyper-parameters bound; a list becomes their mixture."""
+    if loss.name == MIXTURE:
+        parts = loss.options["losses"]
+        return make_mixture([(part["weight"], bound_loss(_unweighted(part))) for part in parts])
+    fn = loss_function(loss.name)
+    options = {
+        # YAML's `beta: 1` is a whole number.
+        k: float(v) if inspect.signature(fn).parameters[k].annotation in (float, "float") else v
+        for k, v in loss.options.items()
+    }
+    return make_preference_loss(fn if ":" in loss.name else loss.name, **options)
+
+
+def _unweighted(member: Mapping[str, Any]) -> Named:
+    options = {k: v for k, v in member.items() if k not in ("name", "weight")}
+    return Named(str(member["name"]), options)
+
+
+def _check_one_loss(key: str, loss: Named) -> None:
+    check_options(key, loss, loss_function(loss.name, key))
+    if loss.name in LOSSES:
+        # What a loss says of its settings' ranges, before a model is read.
+        bound, scalar = bound_loss(loss), jnp.zeros((1,))
+        pair, statistics = PairLogprobs(*[scalar] * 4), alphadpo_init_statistics()
+        try:
+            jax.eval_shape(bound.loss, pair, pair, statistics)
+            jax.eval_shape(bound.rewards, pair, pair)
+        except ValueError as error:
+            raise ConfigError(f"{key}.{error}") from None
 
 
 def choices() -> dict[str, dict[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from spo_jax.config.schema import Config, Named
+from spo_jax.config.schema import MIXTURE, Config, Named
 
 
 class ConfigError(ValueError):
@@ -179,6 +179,8 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
     name = prefix.rstrip(".") or "configuration"
     if tree is None:
         tree = {}
+    if kind is Named and name == "loss" and isinstance(tree, list | tuple):
+        return Named(MIXTURE, {"losses": [_copy(member) for member in tree]})
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{name} is a section: expected keys under it, got {tree!r}")
     if kind is Named:
@@ -265,6 +267,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
     def plain(value):
         if isinstance(value, Named):
+            if value.name == MIXTURE:
+                return value.options["losses"]
             return {"name": value.name, **value.options}
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -295,6 +299,8 @@ def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[An
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{key}.")
         else:

@@ -20,9 +20,16 @@ def _key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+MIXTURE = "mixture"
+"""The name of a loss that is given as a list: a weighted sum of the losses of that list."""
+
+
 @dataclass(frozen=True)
 class Named:
-    """A choice by name with the options that choice takes: ``{name: dpo, beta: 0.1}``."""
+    """A choice by name with the options that choice takes: ``{name: dpo, beta: 0.1}``.
+
+    A section ``loss`` that is a list is the choice ``MIXTURE``, with the list as ``losses``.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -261,7 +268,7 @@ class Config:
 SECTIONS = {
     "data": "preference pairs",
     "sft_data": "SFT rows: for the stage sft, or the inner level (objective.inner_data: sft)",
-    "loss": "the preference loss: name and its hyper-parameters",
+    "loss": "the preference loss: name and its hyper-parameters; or a list, each with a weight",
     "solver": "the bilevel solver: name and its hyper-parameters",
     "outer": "optimizer of the preference update",
     "inner": "optimizer of the inner steps that some solvers take in the preference stage",

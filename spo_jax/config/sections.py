@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from spo_jax.config.choices import loss_function
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import (
     BUILTIN_TASK,
@@ -20,7 +20,6 @@ from spo_jax.config.schema import (
     LoopConfig,
     OptimizerConfig,
 )
-from spo_jax.losses import make_preference_loss
 from spo_jax.solvers import INSIDE, PENALTIES, make_solver
 from spo_jax.solvers.optimizers import optimizer_options
 from spo_jax.tasks import TASKS
@@ -133,11 +132,8 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
         )
     if reference.mode != "none":
         return
-    fn = loss_function(config.loss.name)
-    name = config.loss.name
-    bound = make_preference_loss(name if ":" not in name else fn, **config.loss.options)
     needs = {
-        f"loss {name}": bound.needs_reference,
+        f"loss {config.loss.name}": bound_loss(config.loss).needs_reference,
         "objective.inner_value: reference": objective.inner_value == "reference",
         "objective.regularizer: hinge": objective.regularizer == "hinge",
     }

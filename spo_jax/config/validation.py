@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config.choices import check_options, choices, loss_function, solver_uses
+from spo_jax.config.choices import (
+    check_loss,
+    check_options,
+    choices,
+    solver_uses,
+)
 from spo_jax.config.parsing import ConfigError, config_from_tree, nearest, override, read_tree
 from spo_jax.config.ranges import validate_ranges
 from spo_jax.config.schema import BUILTIN_TASK, Config
@@ -30,7 +35,6 @@ __all__ = [
     "checked_config",
     "choices",
     "load_config",
-    "loss_function",
     "solver_uses",
     "unused_sections",
     "validate",
@@ -108,7 +112,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         )
     check_options("solver", config.solver, SOLVERS[config.solver.name])
     validate_solver(config)
-    check_options("loss", config.loss, loss_function(config.loss.name))
+    check_loss(config.loss)
     if not config.stages:
         raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
     if len(set(config.stages)) != len(config.stages):

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spo_jax.losses.contract import PairLogprobs
+from spo_jax.losses.margins import (
+    alphapo_loss,
+    alphapo_rewards,
+    bpo_loss,
+    c2_dpo_loss,
+    chi_po_loss,
+    chi_po_rewards,
+    dpo_norm_loss,
+    dpo_norm_rewards,
+    dpo_shift_loss,
+    dpo_shift_rewards,
+    exo_pair_loss,
+    robust_dpo_loss,
+)
+from spo_jax.losses.pointwise import (
+    apo_down_loss,
+    apo_zero_loss,
+    bco_pair_loss,
+    cal_dpo_loss,
+    nca_loss,
+    orpo_loss,
+    sppo_hard_loss,
+)
 from spo_jax.losses.preference import (
     MarginStatistics,
     alphadpo_init_statistics,
@@ -38,16 +61,32 @@ __all__ = [
     "alphadpo_loss",
     "alphadpo_margin",
     "alphadpo_update_statistics",
+    "alphapo_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_pair_loss",
+    "bpo_loss",
+    "c2_dpo_loss",
+    "cal_dpo_loss",
+    "chi_po_loss",
     "chosen_hinge",
     "cpo_loss",
     "dpo_loss",
+    "dpo_norm_loss",
+    "dpo_shift_loss",
     "dpop_loss",
+    "exo_pair_loss",
     "hyperparameters",
     "ipo_loss",
+    "make_mixture",
     "make_preference_loss",
+    "nca_loss",
+    "orpo_loss",
     "rdpo_loss",
+    "robust_dpo_loss",
     "simpo_loss",
     "slic_loss",
+    "sppo_hard_loss",
     "token_mean_nll",
 ]
 
@@ -69,6 +108,13 @@ class PreferenceLoss(NamedTuple):
     needs_statistics: bool
 
 
+def _logprob_rewards(policy, reference):
+    """Rewards of a loss that names none: the log-ratios, or log-probs without a reference."""
+    if reference is None:
+        return policy.chosen, policy.rejected
+    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
+
+
 LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dpo": (dpo_loss, dpo_rewards),
     "cpo": (cpo_loss, cpo_rewards),
@@ -78,6 +124,21 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "alphadpo": (alphadpo_loss, simpo_rewards),
     "ipo": (ipo_loss, ipo_rewards),
     "slic": (slic_loss, dpo_rewards),
+    "orpo": (orpo_loss, simpo_rewards),
+    "apo_zero": (apo_zero_loss, dpo_rewards),
+    "apo_down": (apo_down_loss, dpo_rewards),
+    "nca": (nca_loss, dpo_rewards),
+    "bco_pair": (bco_pair_loss, dpo_rewards),
+    "sppo_hard": (sppo_hard_loss, _logprob_rewards),
+    "robust_dpo": (robust_dpo_loss, dpo_rewards),
+    "exo_pair": (exo_pair_loss, dpo_rewards),
+    "dpo_norm": (dpo_norm_loss, dpo_norm_rewards),
+    "dpo_shift": (dpo_shift_loss, dpo_shift_rewards),
+    "cal_dpo": (cal_dpo_loss, dpo_rewards),
+    "bpo": (bpo_loss, dpo_rewards),
+    "chi_po": (chi_po_loss, chi_po_rewards),
+    "c2_dpo": (c2_dpo_loss, dpo_rewards),
+    "alphapo": (alphapo_loss, alphapo_rewards),
 }
 """NAME -> (loss, rewards)."""
 
@@ -94,13 +155,6 @@ def hyperparameters(fn: Callable[..., Any]) -> dict[str, Any]:
         for p in inspect.signature(fn).parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in CONTEXT
     }
-
-
-def _logprob_rewards(policy, reference):
-    """Rewards of a loss that names none: the log-ratios, or log-probs without a reference."""
-    if reference is None:
-        return policy.chosen, policy.rejected
-    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def make_preference_loss(
@@ -154,6 +208,38 @@ def make_preference_loss(
         rewards=call_rewards,
         needs_reference=arity >= 2,
         needs_statistics=arity >= 3,
+    )
+
+
+def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLoss:
+    """The weighted sum of losses; its rewards are the weighted mean of theirs.
+
+    TRL's list of ``loss_type`` with ``loss_weights``; MPO (arXiv 2411.10442) is one such mixture.
+
+    Raises:
+        ValueError: no loss, or a weight that is not positive.
+    """
+    if not losses:
+        raise ValueError("a mixture of no losses: give at least one")
+    bad = [weight for weight, _ in losses if not weight > 0]
+    if bad:
+        raise ValueError(f"a mixture with the weight {bad[0]}: use positive numbers")
+
+    def loss(policy, reference=None, statistics=None, **values):
+        parts = [w * part.loss(policy, reference, statistics, **values) for w, part in losses]
+        return sum(parts[1:], parts[0])
+
+    def rewards(policy, reference=None):
+        total = sum(weight for weight, _ in losses)
+        both = [(w / total, part.rewards(policy, reference)) for w, part in losses]
+        return tuple(sum(w * found[side] for w, found in both) for side in (0, 1))
+
+    parts = [part for _, part in losses]
+    return PreferenceLoss(
+        loss=loss,
+        rewards=rewards,
+        needs_reference=any(part.needs_reference for part in parts),
+        needs_statistics=any(part.needs_statistics for part in parts),
     )
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spo_jax.losses.contract import PairLogprobs
+from spo_jax.losses.parts import log_ratios, logistic_loss, mean_logprobs
 
 STATISTICS_DECAY = 0.9
 """Decay of AlphaDPO's exponential averages (METHOD section 5)."""
@@ -38,26 +39,6 @@ class MarginStatistics(NamedTuple):
     weight: Float[Array, ""]
 
 
-def _mean_logprobs(pair: PairLogprobs) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    # Filler rows have no scored token: 0/1, not 0/0, whose gradient is NaN even when weighted 0.
-    return (
-        pair.chosen / jnp.maximum(pair.chosen_length, 1),
-        pair.rejected / jnp.maximum(pair.rejected_length, 1),
-    )
-
-
-def _log_ratios(policy: PairLogprobs, reference: PairLogprobs):
-    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
-
-
-def _logistic_loss(argument: Float[Array, "B"], label_smoothing: float) -> Float[Array, "B"]:
-    """``-(1-e) log sigmoid(m) - e log sigmoid(-m)``; finite for any finite ``m``."""
-    loss = jax.nn.softplus(-argument)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * jax.nn.softplus(argument)
-    return loss
-
-
 def dpo_loss(
     policy: PairLogprobs, reference: PairLogprobs, *, beta: float, label_smoothing: float = 0.0
 ) -> Float[Array, "B"]:
@@ -65,13 +46,13 @@ def dpo_loss(
 
     Source: arXiv 2305.18290, eq. 7.
     """
-    chosen, rejected = _log_ratios(policy, reference)
-    return _logistic_loss(beta * (chosen - rejected), label_smoothing)
+    chosen, rejected = log_ratios(policy, reference)
+    return logistic_loss(beta * (chosen - rejected), label_smoothing)
 
 
 def dpo_rewards(policy: PairLogprobs, reference: PairLogprobs, *, beta: float):
     """Implicit rewards ``beta (logpi - logpi_ref)`` of chosen and rejected, each ``[B]``."""
-    chosen, rejected = _log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy, reference)
     return beta * chosen, beta * rejected
 
 
@@ -95,7 +76,7 @@ def cpo_loss(
     """
     if mean_chosen_length is None:
         mean_chosen_length = jnp.maximum(jnp.mean(policy.chosen_length), 1)
-    preference = _logistic_loss(beta * (policy.chosen - policy.rejected), label_smoothing)
+    preference = logistic_loss(beta * (policy.chosen - policy.rejected), label_smoothing)
     return preference - alpha * policy.chosen / mean_chosen_length
 
 
@@ -117,12 +98,12 @@ def dpop_loss(
     Source: arXiv 2402.13228, eq. 3; ``penalty`` is its lambda and stands inside beta.
     """
     chosen, rejected = dpop_rewards(policy, reference, beta=beta, penalty=penalty)
-    return _logistic_loss(chosen - rejected, label_smoothing)
+    return logistic_loss(chosen - rejected, label_smoothing)
 
 
 def dpop_rewards(policy: PairLogprobs, reference: PairLogprobs, *, beta: float, penalty: float):
     """Implicit rewards; the chosen one carries DPOP's penalty. Each ``[B]``."""
-    chosen, rejected = _log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy, reference)
     return beta * (chosen - penalty * jax.nn.relu(-chosen)), beta * rejected
 
 
@@ -140,12 +121,12 @@ def rdpo_loss(
     beta as defined in METHOD (some public copies have the sign wrong).
     """
     chosen, rejected = rdpo_rewards(policy, reference, beta=beta, alpha=alpha)
-    return _logistic_loss(chosen - rejected, label_smoothing)
+    return logistic_loss(chosen - rejected, label_smoothing)
 
 
 def rdpo_rewards(policy: PairLogprobs, reference: PairLogprobs, *, beta: float, alpha: float):
     """Rewards ``beta log-ratio + alpha length`` of chosen and rejected, each ``[B]``."""
-    chosen, rejected = _log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy, reference)
     return (
         beta * chosen + alpha * policy.chosen_length,
         beta * rejected + alpha * policy.rejected_length,
@@ -159,20 +140,20 @@ def simpo_loss(
 
     ``gamma_beta_ratio`` is gamma / beta. Source: arXiv 2405.14734, eq. 6; no SFT term.
     """
-    chosen, rejected = _mean_logprobs(policy)
-    return _logistic_loss(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
+    chosen, rejected = mean_logprobs(policy)
+    return logistic_loss(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
 
 
 def simpo_rewards(policy: PairLogprobs, *, beta: float):
     """Rewards ``beta`` times the mean token log-prob, each ``[B]``."""
-    chosen, rejected = _mean_logprobs(policy)
+    chosen, rejected = mean_logprobs(policy)
     return beta * chosen, beta * rejected
 
 
 def alphadpo_margin(policy: PairLogprobs, reference: PairLogprobs) -> Float[Array, "B"]:
     """``M = (w_bar - l_bar) - (w0_bar - l0_bar)``, in nats per token, without gradient."""
-    chosen, rejected = _mean_logprobs(policy)
-    reference_chosen, reference_rejected = _mean_logprobs(reference)
+    chosen, rejected = mean_logprobs(policy)
+    reference_chosen, reference_rejected = mean_logprobs(reference)
     return jax.lax.stop_gradient((chosen - rejected) - (reference_chosen - reference_rejected))
 
 
@@ -217,8 +198,8 @@ def alphadpo_loss(
     mean, std = statistics.mean / weight, statistics.std / weight
     standardized = (alphadpo_margin(policy, reference) - mean) / jnp.maximum(std, MIN_STD)
     target = jax.lax.stop_gradient(gamma_beta_ratio + alpha * standardized)
-    chosen, rejected = _mean_logprobs(policy)
-    return _logistic_loss(beta * (chosen - rejected - target), label_smoothing)
+    chosen, rejected = mean_logprobs(policy)
+    return logistic_loss(beta * (chosen - rejected - target), label_smoothing)
 
 
 def ipo_loss(
@@ -235,7 +216,7 @@ def ipo_loss(
 
 def ipo_rewards(policy: PairLogprobs, reference: PairLogprobs, *, length_normalized: bool):
     """The log-ratios (per token where ``length_normalized``), each ``[B]``."""
-    chosen, rejected = _log_ratios(policy, reference)
+    chosen, rejected = log_ratios(policy, reference)
     if length_normalized:
         chosen = chosen / jnp.maximum(policy.chosen_length, 1)
         rejected = rejected / jnp.maximum(policy.rejected_length, 1)

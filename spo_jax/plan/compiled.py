@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.schema import Config, DataConfig
 from spo_jax.models import Model, init_model
 from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
 from spo_jax.policies.loading import execution
-from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage, preference_loss
+from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage
 from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 _STEPS = 1000
@@ -122,7 +123,7 @@ def assemble(
         check_batch_size(name, part.count, micro, mesh)
     params = sharded_shapes(model.abstract_params(), mesh)
     steps = loop_of(config, stage).steps or _STEPS
-    found = make_stage(config, stage, model, preference_loss(config), mesh, steps=steps)
+    found = make_stage(config, stage, model, bound_loss(config.loss), mesh, steps=steps)
     online = stage != "sft" and config.reference.mode == "online"
     frozen = stage != "sft" and config.reference.mode == "precomputed"
     batch = {part.level: _row_shapes(part, frozen=frozen, mesh=mesh) for part in rows}

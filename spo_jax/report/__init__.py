@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.checkpoints.atomic import replace_bytes
+from spo_jax.config.schema import MIXTURE
 from spo_jax.report.figures import FIGURES, GROUPS, RunCurves, draw, figure_to_png
 from spo_jax.report.page import Picture, Samples, Section, make_page
 from spo_jax.report.runs import (
@@ -78,7 +79,8 @@ def _label(
     name = own or name
     if not staged:
         return name
-    loss = (config.get("loss") or {}).get("name", "")
+    loss = config.get("loss") or {}
+    loss = MIXTURE if isinstance(loss, list) else loss.get("name", "")
     solver = f" + {solver_of(stage, config).get('name', '')}" if stage == "preference" else ""
     said = f"{stage} ({loss}{solver})" if loss else stage
     return f"{name}: {said}" if several or own else said
@@ -134,7 +136,9 @@ def _samples(run: StageRun) -> Samples:
     return Samples(f"{run.curves.label}: answers after update {step}", columns, texts)
 
 
-def _options(section: dict[str, Any]) -> str:
+def _options(section: Any) -> str:
+    if isinstance(section, list):  # a mixture of losses
+        return " + ".join(map(_options, section))
     rest = ", ".join(f"{k}={v}" for k, v in section.items() if k != "name")
     return f"{section.get('name', '–')}" + (f" ({rest})" if rest else "")
 

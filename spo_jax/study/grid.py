@@ -45,7 +45,7 @@ class StudyConfig:
     run: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
-    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     baseline: str = "plain"
     controls: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from spo_jax.checkpoints import CheckpointReader, load_reference
 from spo_jax.checkpoints.atomic import replace_text, to_json
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.parsing import ConfigError, override, read_tree
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.config.validation import checked_config
@@ -30,7 +31,7 @@ from spo_jax.policies.loading import (
 from spo_jax.policies.rows import Rows
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.training.material import make_probes, number_of_steps, rows_of_stage
-from spo_jax.training.stage import compile_update, make_stage, preference_loss, state_shapes
+from spo_jax.training.stage import compile_update, make_stage, state_shapes
 from spo_jax.training.trackers import read_lines
 
 PAIR_STAGES = ("preference", "baseline")
@@ -84,7 +85,7 @@ def probe_run(run: str | Path, overrides: Mapping[str, Any] | None = None) -> li
         config = dataclasses.replace(config, output_dir=str(root))
         if config != before:  # stages of one run share their rows
             before, read = config, {}
-            mesh, loss = make_mesh(**dataclasses.asdict(config.mesh)), preference_loss(config)
+            mesh, loss = make_mesh(**dataclasses.asdict(config.mesh)), bound_loss(config.loss)
         written.append(_probe_stage(config, folder, mesh, loss, read))
     return written
 

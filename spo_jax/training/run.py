@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
 from spo_jax.checkpoints.user_cache import keep_compiled
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
 from spo_jax.evaluation.answers import Exam, check_exam, make_exam
@@ -41,7 +42,6 @@ from spo_jax.training.stage import (
     compile_update,
     loop_of,
     make_stage,
-    preference_loss,
     raw_key,
     state_shapes,
 )
@@ -104,7 +104,7 @@ def train(
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)
         check_step_sizes(config, stages, start.params, begun=begun)
-        exam, loss = make_exam(config, start.tokenizer), preference_loss(config)
+        exam, loss = make_exam(config, start.tokenizer), bound_loss(config.loss)
         if exam is not None:
             check_exam(exam, start)
         results: dict[str, StageResult] = {}
@@ -258,7 +258,7 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     """Held-out metrics and graded answers of the policy that the pair stages start from."""
     mesh, folder = make_mesh(**dataclasses.asdict(config.mesh)), Path(config.output_dir)
     config = pin(config, [], resume=resume, allow_changes=False)
-    start, loss = load_start(config, mesh), preference_loss(config)
+    start, loss = load_start(config, mesh), bound_loss(config.loss)
     exam = make_exam(config, start.tokenizer)
     rows = rows_of_stage(config, "baseline", start, {}, resume=resume)
     reference = keep_reference(config, folder, start, mesh, resume=resume)

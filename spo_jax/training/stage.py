@@ -11,9 +11,9 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from spo_jax.config.choices import loss_function, solver_uses
+from spo_jax.config.choices import solver_uses
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
-from spo_jax.losses import PreferenceLoss, make_preference_loss
+from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
 from spo_jax.objective import Objective, make_objective
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
@@ -68,12 +68,6 @@ def has_inner_rows(config: Config, name: str) -> bool:
 def inner_batch_size(config: Config) -> int:
     """SFT rows an update, where the inner level has its own."""
     return config.train.inner_batch_size or config.train.batch_size
-
-
-def preference_loss(config: Config) -> PreferenceLoss:
-    """The loss of the section ``loss``, its hyper-parameters bound."""
-    name, options = config.loss.name, config.loss.options
-    return make_preference_loss(loss_function(name) if ":" in name else name, **options)
 
 
 def make_stage(

@@ -55,6 +55,22 @@ def test_what_would_corrupt_is_refused_unless_told_otherwise(key, value, shown):
     assert shown in check({key: value}, allow=True)
 
 
+def test_of_a_mixture_names_bind_and_weights_do_not():
+    losses = [{"name": "dpo", "weight": w, "beta": 0.1} for w in (0.5, 0.2)]
+    saved = config_to_dict(config_from_tree({**TREE, "loss": losses}))
+
+    def resumed(loss, **options):
+        now = config_from_tree({**TREE, "loss": loss})
+        return check_changes(now, saved, run="RUN", **options)
+
+    assert resumed(losses) is None
+    assert "loss.1.weight: 0.2 -> 0.4" in resumed([losses[0], {**losses[1], "weight": 0.4}])
+    with pytest.raises(ChangedConfig, match=r"loss\.0\.name: dpo -> nca"):
+        resumed([{**losses[0], "name": "nca"}, losses[1]])
+    with pytest.raises(ChangedConfig, match=r"loss\.0\.name: dpo"):
+        resumed({"name": "dpo", "beta": 0.1})
+
+
 def test_every_binding_key_is_one_of_the_configuration():
     tree = config_to_dict(Config())
     for key in BINDING:

@@ -4,19 +4,23 @@ import dataclasses
 import sys
 import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
+    config_to_dict,
     config_to_yaml,
     parse_value,
     read_tree,
 )
 from spo_jax.config.schema import Config, Named, describe
 from spo_jax.config.validation import checked_config, choices, load_config, unused_sections
-from spo_jax.losses import LOSSES
+from spo_jax.losses import LOSSES, PairLogprobs, bco_pair_loss, dpo_loss
 from spo_jax.solvers import SOLVERS
 
 SMALL = {
@@ -495,3 +499,45 @@ def test_what_a_lone_baseline_or_the_built_in_task_would_ignore():
     for key, value in (("eval", "held.jsonl"), ("eval_fraction", 0.1)):
         message = refused(builtin, **{f"sft_data.{key}": value})
         assert f"sft_data.{key} would be ignored: builtin:arithmetic brings" in message
+
+
+MIXED = [
+    {"name": "dpo", "weight": 0.8, "beta": 0.1},
+    {"name": "bco_pair", "weight": 0.2, "beta": 0.1},
+]
+
+
+def test_a_list_of_losses_is_their_mixture(tmp_path):
+    config = checked(loss=MIXED)
+    assert config_to_dict(config)["loss"] == MIXED  # as it was written, and as it is saved
+    assert config_from_tree(config_to_dict(config)) == config
+    pair = PairLogprobs(*(jnp.asarray([x]) for x in (-8.0, -12.0, 4.0, 8.0)))
+    frozen = PairLogprobs(*(jnp.asarray([x]) for x in (-6.0, -9.0, 4.0, 8.0)))
+    expected = 0.8 * dpo_loss(pair, frozen, beta=0.1) + 0.2 * bco_pair_loss(pair, frozen, beta=0.1)
+    np.testing.assert_allclose(bound_loss(config.loss).loss(pair, frozen), expected, rtol=1e-6)
+    path = write(tmp_path, yaml.safe_dump(SMALL))
+    assert load_config(path, {"loss": MIXED}).loss == config.loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "parts"),
+    [
+        ([], ["loss is an empty list"]),
+        (["dpo"], ["loss[0]='dpo'", "weight"]),
+        ([MIXED[0], {"name": "dpo", "beta": 0.1}], ["loss[1].weight=None", "positive"]),
+        ([{**MIXED[0], "weight": 0}], ["loss[0].weight=0", "positive"]),
+        ([MIXED[0], {**MIXED[1], "alpha": 1}], ["loss[1].alpha would be ignored", "bco_pair"]),
+        ([{"name": "dpo", "weight": 1}], ["dpo needs loss[0].beta"]),
+        ([{**MIXED[0], "name": "simp"}], ["loss[0].name='simp'", "did you mean 'simpo'"]),
+    ],
+)
+def test_lists_that_are_no_mixture(loss, parts):
+    message = refused(loss=loss)
+    assert all(part in message for part in parts), message
+
+
+def test_settings_out_of_their_range_are_refused_before_a_model_is_read():
+    message = refused(loss={"name": "robust_dpo", "beta": 0.1, "flip_rate": 0.6})
+    assert "loss.flip_rate=0.6" in message
+    message = refused(loss=[{"name": "bpo", "weight": 1, "beta": 0.1, "alpha": 2}])
+    assert "loss[0].alpha=2" in message
