@@ -35,29 +35,39 @@ class LengthBuckets:
 
 
 class PlannedBatch(NamedTuple):
-    """One global batch: its shape and its rows, ``FILLER`` where there is none."""
+    """One global batch: its shape and its rows, ``FILLER`` where there is none.
+
+    Of packed rows ``indices`` are ``[R, S]``: the examples of each.
+    """
 
     prompt_length: int
     completion_length: int
-    indices: Int[np.ndarray, "B"]
+    indices: Int[np.ndarray, "B *S"]
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What an epoch looks like: its batches, the rows it leaves out, and the share of padding."""
+    """What an epoch looks like: its batches, the rows it leaves out, and the share of padding.
+
+    Shapes are rows, prompt and completion length; ``tokens`` are those laid out.
+    """
 
     rows: int
     batches: int
     dropped_rows: int
     padding_share: float
-    batches_per_shape: dict[tuple[int, int], int]
+    tokens: int
+    packed: bool
+    batches_per_shape: dict[tuple[int, int, int], int]
 
     def __str__(self) -> str:
-        shapes = ", ".join(f"{p}+{c}: {k}" for (p, c), k in self.batches_per_shape.items())
+        shapes = ", ".join(
+            f"{r} x ({p}+{c}): {k}" for (r, p, c), k in self.batches_per_shape.items()
+        )
         return (
             f"{self.batches} batches from {self.rows} rows ({self.dropped_rows} left out of each "
-            f"epoch), {self.padding_share:.0%} padding; batches by prompt+completion length: "
-            f"{shapes}"
+            f"epoch), {'packed, ' if self.packed else ''}{self.padding_share:.0%} padding; batches "
+            f"by rows x (prompt+completion length): {shapes}"
         )
 
 
@@ -169,15 +179,17 @@ def _filled(
 def describe_plan(rows: TokenizedRows, batches: Sequence[PlannedBatch]) -> PlanReport:
     """Count batches, rows left out, and padding among the tokens laid out."""
     n = rows.num_completions
-    used = np.concatenate([batch.indices for batch in batches])
+    used = np.concatenate([batch.indices.ravel() for batch in batches])
     used = used[used != FILLER]
     laid_out = sum(len(b.indices) * (b.prompt_length + n * b.completion_length) for b in batches)
     real = rows.prompt_lengths[used].sum() + rows.completion_lengths[used].sum()
-    shapes = Counter((b.prompt_length, b.completion_length) for b in batches)
+    shapes = Counter((len(b.indices), b.prompt_length, b.completion_length) for b in batches)
     return PlanReport(
         rows=len(rows),
         batches=len(batches),
         dropped_rows=len(rows) - len(used),
         padding_share=1 - float(real) / laid_out,
+        tokens=laid_out,
+        packed=any(batch.indices.ndim == 2 for batch in batches),
         batches_per_shape=dict(sorted(shapes.items())),
     )

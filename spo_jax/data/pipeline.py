@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -20,67 +18,16 @@ from spo_jax.data.buckets import (
     describe_plan,
     plan_batches,
 )
+from spo_jax.data.epochs import ByLength, EpochPlans, Evenly
+from spo_jax.data.packing import choose_shapes, deal_evenly, lengths_of, plan_packed
 from spo_jax.data.pairs import rows_to_batch
 from spo_jax.data.tokenize import TokenizedRows
 from spo_jax.types import CompletionBatch
 
 _ENDLESS = 2**62
-_EPOCHS_KEPT = 4
 
-
-class EpochPlans:
-    """The pure function from (seed, k) to global batch k: its shape and its rows.
-
-    An epoch's rows and the order of its batches are drawn anew from (seed, epoch). Rows that do
-    not fill a batch are left out before rows are dealt to shapes, so that every epoch has as
-    many batches and no length of row is left out more often than another. The epochs made last
-    are kept, guarded by a lock, since grain reads ahead from several threads.
-    """
-
-    def __init__(self, rows: TokenizedRows, *, batch_size: int, buckets: LengthBuckets, seed: int):
-        if len(rows) < batch_size:
-            raise ValueError(
-                f"{len(rows)} rows do not fill one batch: set batch_size to at most "
-                f"{len(rows)}, or give more rows"
-            )
-        self._rows, self._batch_size, self._buckets, self._seed = rows, batch_size, buckets, seed
-        self._shapes, self._shape_of_row = assign_shapes(rows, buckets)
-        self._epochs: dict[int, list[PlannedBatch]] = {}
-        self._lock = threading.Lock()
-        self.steps_per_epoch = len(rows) // batch_size
-
-    def __getitem__(self, k: int) -> PlannedBatch:
-        epoch, step = divmod(k, self.steps_per_epoch)
-        return self._epoch(epoch)[step]
-
-    @cached_property
-    def report(self) -> PlanReport:
-        """The first epoch's figures; the others' differ by which rows are left out and promoted."""
-        return describe_plan(self._rows, self._epoch(0))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the order: data, seed, batch size, buckets."""
-        parts = (self._rows.fingerprint(), self._seed, self._batch_size, self._buckets)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def _epoch(self, epoch: int) -> list[PlannedBatch]:
-        with self._lock:
-            if epoch not in self._epochs:
-                self._epochs[epoch] = self._make_epoch(epoch)
-                if len(self._epochs) > _EPOCHS_KEPT:
-                    del self._epochs[next(iter(self._epochs))]
-            return self._epochs[epoch]
-
-    def _make_epoch(self, epoch: int) -> list[PlannedBatch]:
-        # Sorting raw bits: numpy keeps these streams between versions, those of `permutation`
-        # it does not promise, and a resumed run may meet another numpy.
-        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-        order = np.argsort(bits.random_raw(len(self._rows)), kind="stable")
-        kept = order[: self.steps_per_epoch * self._batch_size]
-        batches = plan_batches(kept, self._shape_of_row, self._shapes, batch_size=self._batch_size)
-        places = np.argsort(bits.random_raw(len(batches)), kind="stable")
-        return [batches[i] for i in places]
+WORTH_PACKING = 0.8
+"""``packing='auto'`` packs where it lays out at most this share of the tokens."""
 
 
 class BatchSource(Sequence):
@@ -95,10 +42,11 @@ class BatchSource(Sequence):
         plan: EpochPlans | Sequence[PlannedBatch],
         *,
         length: int,
-        part: slice,
+        process: tuple[int, int],
         reference_logprobs: Float[np.ndarray, "N n"] | None,
     ):
-        self._rows, self._plan, self._length, self._part = rows, plan, length, part
+        """``process`` is this one's index and how many there are."""
+        self._rows, self._plan, self._length, self._process = rows, plan, length, process
         self._reference_logprobs = reference_logprobs
 
     def __len__(self) -> int:
@@ -110,7 +58,7 @@ class BatchSource(Sequence):
         planned = self._plan[int(k)]
         return rows_to_batch(
             self._rows,
-            planned.indices[self._part],
+            planned.indices[process_slice(len(planned.indices), *self._process)],
             prompt_length=planned.prompt_length,
             completion_length=planned.completion_length,
             reference_logprobs=self._reference_logprobs,
@@ -126,33 +74,64 @@ class TrainIterator(Iterator[CompletionBatch]):
     ``steps_per_epoch`` batches make an epoch; ``plan_report`` says how full they are.
     """
 
-    def __init__(self, source: BatchSource, plans: EpochPlans, options: grain.ReadOptions):
-        self.steps_per_epoch, self.plan_report = plans.steps_per_epoch, plans.report
+    def __init__(
+        self,
+        plans: Callable[[bool], EpochPlans],
+        source: Callable[[EpochPlans], BatchSource],
+        packing: bool | str,
+        options: grain.ReadOptions,
+    ):
+        """``plans(packed)`` are those of packed rows or of others."""
+        self._plans, self._source, self._options = plans, source, options
+        self._may_change = packing == "auto"
+        if packing == "auto":
+            packing = is_worth_packing(plans(True).report, plans(False).report)
+        self._open(bool(packing))
+
+    def _open(self, packed: bool) -> None:
+        plans = self._plans(packed)
+        self.steps_per_epoch, self._packed = plans.steps_per_epoch, packed
+        self.plan_report: PlanReport = plans.report
         self._fingerprint = plans.fingerprint
-        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        dataset = grain.MapDataset.source(self._source(plans)).to_iter_dataset(self._options)
+        self._iterator = iter(dataset)
 
     def __next__(self) -> CompletionBatch:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
         """The position behind the batch last handed out, whatever was read ahead."""
-        return {"grain": self._iterator.get_state(), "plan": self._fingerprint}
+        state = {"grain": self._iterator.get_state(), "plan": self._fingerprint}
+        return {**state, "packed": True} if self._packed else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; another number of processes keeps the global order.
 
-        Raises ``ValueError`` when the state belongs to other data, seed, batch size or buckets.
+        What ``packing='auto'`` chose when the state was saved holds on, here too.
+
+        Raises ``ValueError`` when the state belongs to other data, seed, batch size, buckets or
+        packing.
         """
+        packed = state.get("packed", False)
+        if packed != self._packed and self._may_change:
+            self.close()
+            self._open(packed)
         if state["plan"] != self._fingerprint:
             raise ValueError(
                 "the saved data position belongs to another order of batches: data, tokenizer, "
-                "seed, batch_size or length buckets have changed. Restore them, or start anew"
+                "seed, batch_size, length buckets or packing have changed. Restore them, or start "
+                "anew"
             )
         self._iterator.set_state(state["grain"])
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._iterator.close()
+
+
+def is_worth_packing(packed: PlanReport, plain: PlanReport) -> bool:
+    """Whether packed rows are enough fewer tokens to compute."""
+    return packed.tokens <= WORTH_PACKING * plain.tokens
 
 
 def make_train_iterator(
@@ -162,6 +141,8 @@ def make_train_iterator(
     buckets: LengthBuckets,
     seed: int,
     num_epochs: int | None,
+    packing: bool | str = False,
+    rows_unit: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     reference_logprobs: Float[np.ndarray, "N n"] | None = None,
@@ -174,17 +155,38 @@ def make_train_iterator(
     onward of every batch, so that concatenated slices are the one-process batch.
     ``reference_logprobs[i]`` belongs to row ``i`` of ``rows``.
 
+    With ``packing`` the ``batch_size`` rows of a batch share fewer packed ones, a multiple of
+    ``rows_unit``: what a mesh and micro-batches cut a batch into. Then rows of all lengths meet
+    in a batch, else rows of like length. ``auto`` packs where that lays out at most
+    ``WORTH_PACKING`` of the tokens.
+
     Raises ``ValueError`` when the batch does not divide over the processes, the data do not
     fill one batch, or a row is longer than every bucket.
     """
-    part = process_slice(batch_size, process_index, process_count)
-    plans = EpochPlans(rows, batch_size=batch_size, buckets=buckets, seed=seed)
-    length = _ENDLESS if num_epochs is None else plans.steps_per_epoch * num_epochs
-    source = BatchSource(
-        rows, plans, length=length, part=part, reference_logprobs=reference_logprobs
-    )
+    process_slice(batch_size, process_index, process_count)
+    process = process_index, process_count
+    if len(rows) < batch_size:
+        raise ValueError(
+            f"{len(rows)} rows do not fill one batch: set batch_size to at most "
+            f"{len(rows)}, or give more rows"
+        )
+
+    @functools.cache
+    def plans(packed: bool) -> EpochPlans:
+        if packed:
+            dealer = Evenly(rows, batch_size=batch_size, unit=rows_unit)
+        else:
+            dealer = ByLength(rows, batch_size=batch_size, buckets=buckets)
+        return EpochPlans(rows, dealer, batch_size=batch_size, seed=seed)
+
+    def source(found: EpochPlans) -> BatchSource:
+        length = _ENDLESS if num_epochs is None else found.steps_per_epoch * num_epochs
+        return BatchSource(
+            rows, found, length=length, process=process, reference_logprobs=reference_logprobs
+        )
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=read_ahead)
-    return TrainIterator(source, plans, options)
+    return TrainIterator(plans, source, packing, options)
 
 
 def eval_batches(
@@ -192,22 +194,41 @@ def eval_batches(
     *,
     batch_size: int,
     buckets: LengthBuckets,
+    packing: bool | str = False,
+    rows_unit: int = 1,
     process_index: int = 0,
     process_count: int = 1,
     reference_logprobs: Float[np.ndarray, "N n"] | None = None,
 ) -> BatchSource:
-    """Every row exactly once in a fixed order, by shape; fillers complete the last batch.
+    """Every row exactly once in a fixed order; fillers complete the last batch.
 
-    The result has a length and can be iterated again and again.
+    ``packing`` and ``rows_unit`` are those of ``make_train_iterator``; without packing the order
+    is by shape. The result has a length and can be iterated again and again.
 
     Raises ``ValueError`` when the batch does not divide over the processes, or a row is longer
     than every bucket.
     """
-    part = process_slice(batch_size, process_index, process_count)
-    shapes, shape_of_row = assign_shapes(rows, buckets)
-    plan = plan_batches(np.arange(len(rows)), shape_of_row, shapes, batch_size=batch_size)
+    process_slice(batch_size, process_index, process_count)
+    order = np.arange(len(rows))
+    plan = packed = None
+    if packing is not True:
+        shapes, shape_of_row = assign_shapes(rows, buckets)
+        plan = plan_batches(order, shape_of_row, shapes, batch_size=batch_size)
+    if packing:
+        lengths = lengths_of(rows)
+        batches = deal_evenly(lengths, order, np.zeros(len(rows)), batch_size)
+        packed = plan_packed(lengths, batches, choose_shapes(lengths, batches, unit=rows_unit))
+    if plan is None or (
+        packed is not None
+        and is_worth_packing(describe_plan(rows, packed), describe_plan(rows, plan))
+    ):
+        plan = packed
     return BatchSource(
-        rows, plan, length=len(plan), part=part, reference_logprobs=reference_logprobs
+        rows,
+        plan,
+        length=len(plan),
+        process=(process_index, process_count),
+        reference_logprobs=reference_logprobs,
     )
 
 
