@@ -23,7 +23,7 @@ from spo_jax.losses import (
     make_mixture,
     make_preference_loss,
 )
-from spo_jax.solvers import SOLVERS
+from spo_jax.solvers import SOLVERS, SUPPLIED
 
 
 def solver_uses(name: str, level: str) -> bool:
@@ -133,7 +133,7 @@ def _options(fn: Callable[..., Any]) -> dict[str, Any]:
     return {
         k: None if v is inspect.Parameter.empty else v
         for k, v in hyperparameters(fn).items()
-        if k not in ("outer", "inner")
+        if k not in SUPPLIED
     }
 
 

@@ -20,7 +20,7 @@ from spo_jax.config.schema import (
     LoopConfig,
     OptimizerConfig,
 )
-from spo_jax.solvers import INSIDE, PENALTIES, make_solver
+from spo_jax.solvers import INSIDE, PENALTIES, WEIGHT_SCHEDULES, make_solver
 from spo_jax.solvers.optimizers import optimizer_options
 from spo_jax.tasks import TASKS
 
@@ -28,7 +28,8 @@ from spo_jax.tasks import TASKS
 def validate_solver(config: Config) -> None:
     """The solver, its options, and whether its inner chain can do what it asks for."""
     solver, options = config.solver.name, config.solver.options
-    for key, known in (("penalty", PENALTIES), ("inside", INSIDE)):
+    known_values = {"penalty": PENALTIES, "inside": INSIDE, "weight_schedule": WEIGHT_SCHEDULES}
+    for key, known in known_values.items():
         if options.get(key, known[0]) not in known:
             raise ConfigError(
                 f"solver.{key}={options[key]!r}: choose one of {', '.join(known)}"
@@ -40,13 +41,18 @@ def validate_solver(config: Config) -> None:
             "solver.tolerance would be ignored: with penalty linear it drops out of the "
             "gradient. Choose penalty: hinge or squared_hinge"
         )
+    if "initial_weight" in options and options.get("weight_schedule", "constant") == "constant":
+        raise ConfigError(
+            "solver.initial_weight would be ignored: the weight is constant. Choose "
+            "weight_schedule: linear or geometric"
+        )
     if options.get("inner_steps", 1) == 0:
         raise ConfigError(
             "solver.inner_steps=0: the section inner would be ignored. Choose solver "
             "preference_only"
         )
     try:
-        make_solver(solver, outer=optax.identity(), inner=optax.identity(), **options)
+        make_solver(solver, outer=optax.identity(), inner=optax.identity(), steps=1, **options)
     except ValueError as error:
         raise ConfigError(f"solver.{error}") from None
     if solver == "unrolled" and config.inner.name != "sgd":
@@ -164,6 +170,12 @@ def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCon
         raise ConfigError(f"set {loop_key}.steps or {loop_key}.epochs, exactly one of the two")
     if data.train is None:
         raise ConfigError(f"{data_key}.train is not set: name a file, folder or hub data set")
+    for name in ("prompt_buckets", "completion_buckets"):
+        if data.packing is True and getattr(data, name) is not None:
+            raise ConfigError(
+                f"{data_key}.{name} would be ignored: packed rows have lengths of their own; set "
+                f"{data_key}.packing to false, or leave {name} out"
+            )
     if data.eval is not None and data.eval_fraction:
         raise ConfigError(f"{data_key}.eval_fraction would be ignored: {data_key}.eval is set")
     if not 0 <= data.eval_fraction < 1:

@@ -19,7 +19,7 @@ from spo_jax.solvers.optimizers import (
     optimizer_options,
     typical_steps,
 )
-from spo_jax.solvers.penalty import PENALTIES, make_penalty
+from spo_jax.solvers.penalty import PENALTIES, WEIGHT_SCHEDULES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
 from spo_jax.solvers.primal_dual import make_primal_dual
 from spo_jax.solvers.unrolled import make_unrolled, make_unrolled_first_order
@@ -28,6 +28,8 @@ __all__ = [
     "INSIDE",
     "PENALTIES",
     "SOLVERS",
+    "SUPPLIED",
+    "WEIGHT_SCHEDULES",
     "Levels",
     "Solver",
     "SolverState",
@@ -60,8 +62,11 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "unrolled_first_order": make_unrolled_first_order,
     "inner_only": make_inner_only,
 }
-"""NAME -> factory. Keywords ``outer`` and ``inner`` are the optax chains a solver uses; the rest
-are its hyper-parameters."""
+"""NAME -> factory. Keywords in ``SUPPLIED`` are what a solver uses of the run; the rest are its
+hyper-parameters."""
+
+SUPPLIED = ("outer", "inner", "steps")
+"""The optax chains of the two levels, and the number of updates of the run."""
 
 
 def make_solver(
@@ -69,16 +74,19 @@ def make_solver(
     *,
     outer: optax.GradientTransformation,
     inner: optax.GradientTransformation,
+    steps: int | None = None,
     **options: Any,
 ) -> Solver:
-    """The solver ``name`` of the table with its options, and with the chains that it uses.
+    """The solver ``name`` of the table with its options, and with what it uses of the run.
+
+    ``steps`` is the number of updates, which only schedules of a solver's own ask for.
 
     Raises:
         ValueError: an option's value that the solver refuses.
     """
     parameters = inspect.signature(SOLVERS[name]).parameters
-    chains = {"outer": outer, "inner": inner}
-    used = {k: v for k, v in chains.items() if k in parameters}
+    supplied = dict(zip(SUPPLIED, (outer, inner, steps), strict=True))
+    used = {k: v for k, v in supplied.items() if k in parameters}
     # A configuration may well say 1 where 1.0 is meant.
     whole = {k: float(v) for k, v in options.items() if parameters[k].annotation == "float"}
     return SOLVERS[name](**used, **options | whole)

@@ -86,7 +86,7 @@ def make_stage(
     named = solver_of(config, name)
     outer, schedule = make_chain(config.outer, steps)
     inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
-    solver = make_solver(named.name, outer=outer, inner=inner, **named.options)
+    solver = make_solver(named.name, outer=outer, inner=inner, steps=steps, **named.options)
     if not solver_uses(named.name, "outer"):
         schedule = inner_schedule
     tolerance = float(named.options.get("tolerance", 0.0))

@@ -160,6 +160,11 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"loss": "dpo"}, ["loss is a section", "got 'dpo'"]),
         ({"model.init": 3}, ["model.init=3", "expected mapping | null"]),
         ({"data.prompt_buckets": [8, "x"]}, ["data.prompt_buckets", "list of int | null"]),
+        ({"data.packing": "no"}, ["data.packing", "auto | bool"]),
+        (
+            {"data.packing": True, "data.completion_buckets": [8]},
+            ["data.completion_buckets would be ignored", "data.packing to false"],
+        ),
         ({"outer.schedule": "cosin"}, ["outer.schedule='cosin'", "did you mean 'cosine'"]),
         ({"stages": ["sfd"]}, ["stages='sfd'", "sft | preference | baseline", "'sft'"]),
         ({"objective.regularizer": "hing"}, ["nll | hinge | null", "did you mean 'hinge'"]),
@@ -210,6 +215,7 @@ IGNORED = [
         {"solver": {"name": "penalty", "penalty": "linear", "tolerance": 0.1}},
         ["solver.tolerance would be ignored"],
     ),
+    ({"solver.initial_weight": 0.1}, ["solver.initial_weight would be ignored", "geometric"]),
     (
         {"solver": {"name": "preference_only", "penalty_weight": 1.0}},
         ["solver.penalty_weight would be ignored", "preference_only takes no options"],
@@ -301,6 +307,14 @@ def test_sections_that_a_stage_uses_are_taken():
         ({"solver": {"name": "alternating", "inner_steps": -1}}, ["solver.inner_steps=-1"]),
         ({"solver": {"name": "alternating", "inner_steps": 1.5}}, ["expected a whole number"]),
         ({"solver.penalty_weight": -1}, ["solver.penalty_weight=-1.0"]),
+        (
+            {"solver": {"name": "penalty", "weight_schedule": "geometrical"}},
+            ["solver.weight_schedule='geometrical'", "did you mean 'geometric'"],
+        ),
+        (
+            {"solver": {"name": "penalty", "weight_schedule": "geometric", "penalty_weight": 0}},
+            ["solver.weight_schedule=geometric", "no factor leads"],
+        ),
         ({"solver.name": "unrolled"}, ["inner.name=adamw", "sgd", "unrolled_first_order"]),
         ({"train.steps": None}, ["train.steps or train.epochs, exactly one"]),
         ({"train.epochs": 1}, ["train.steps or train.epochs, exactly one"]),

@@ -30,13 +30,14 @@ MODEL = Bigram()
 PARAMS = MODEL.init()
 OPTIONS = {
     "penalty": {"penalty": "squared_hinge", "tolerance": -0.1},
+    "penalty, growing": {"weight_schedule": "geometric", "initial_weight": 0.1},
     "primal_dual": {"multiplier_init": 1.0, "tolerance": -0.1},
     "dynamic_barrier": {"tolerance": -5.0},
     "alternating": {"inner_steps": 2},
     "unrolled": {"inner_steps": 2},
     "unrolled_first_order": {"inner_steps": 2},
 }
-"""So that the inner level has its say in every one of them."""
+"""So that the inner level has its say in every one of them; behind a comma, a variant."""
 FIRST_LOSSES = 8
 """Those of METHOD's first table, in the order of ``LOSSES``."""
 INNER_DATA, PLAIN_WITH_SFT = ("chosen", "sft"), ("preference_only", "sft")
@@ -65,7 +66,7 @@ def make_step(name, loss="dpo", inner_data="chosen", model=MODEL, micro_batches=
     )
     # A large eps: where a gradient is nearly 0, Adam would blow rounding up to a whole step.
     chains = {"outer": optax.adam(0.02, eps=1e-2), "inner": optax.sgd(0.1)}
-    solver = make_solver(name, **chains, **OPTIONS.get(name, {}))
+    solver = make_solver(name.split(",")[0], **chains, steps=4, **OPTIONS.get(name, {}))
     step = make_train_step(objective, solver, schedule=optax.constant_schedule(0.02))
     return partial(init_state, solver, objective), step
 
@@ -283,7 +284,7 @@ def test_eight_devices_take_the_steps_of_one(name, micro_batches):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name_of)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", list(dict.fromkeys((*SOLVERS, *OPTIONS))))
 @pytest.mark.long
 def test_two_steps_and_two_are_four_bit_for_bit(name, tmp_path):
     """Through a checkpoint: multipliers, averages, outer iterates and both chains with it."""
