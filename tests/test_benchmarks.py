@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from spo_jax.models import init_model
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.objective.logprobs import scored_mask
+from tests.models.tiny_models import HF_CONFIGS, write_folder
 from tests.tiny import random_batch, tiny_model, tiny_params
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -281,3 +283,28 @@ def test_a_step_that_the_compiler_refuses_is_a_line(script):
     found = {"refusal": "too large", "needed": 20 * 2**30, "available": 16 * 2**30}
     shown = script("tpu_step").line("usual online", found)
     assert shown == "| usual online | the compiler refuses it: 20.0 of 16.00 GiB | | | | |"
+
+
+# generation.py
+
+
+def test_useful_tokens_end_with_the_first_stop_id(script):
+    drawn = np.array([[5, 1, 2, 1], [1, 9, 9, 9], [3, 4, 5, 6]])
+    assert script("generation").useful_tokens(drawn, (1, 2)) == 2 + 1 + 4
+
+
+@pytest.mark.slow
+def test_generation_is_timed_beside_its_limits(script, tmp_path, capsys):
+    folder = write_folder(tmp_path, HF_CONFIGS["llama"])
+    words = f"--model {folder} --batch 3 --dtype float32 --prompt 4 --new 3 --long 6 --mean 2"
+    script("generation").main([*words.split(), "--rounds", "1"])
+    _, facts, greedy, sampled, early = capsys.readouterr().out.splitlines()
+    assert "prompt 4, 3 new tokens" in facts
+    assert greedy.startswith("3 rows, float32, greedy: ")
+    assert sampled.startswith("3 rows, float32, temperature 1: ")
+    for line in (greedy, sampled):
+        numbers = [float(n) for n in re.findall(r"([\d.]+) (?:tokens/s|ms)", line)]
+        assert len(numbers) == 4
+        assert min(numbers) > 0
+    assert early.startswith("3 rows, float32, temperature 1, ending early: ")
+    assert 1 <= float(re.search(r"([\d.]+) a row", early)[1]) <= 6

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from spo_jax.models.blocked import blocked_attention
+from spo_jax.models.few_rows import few_rows_sum
 from spo_jax.models.second_order import with_second_derivative
 from spo_jax.parallel.constraints import platform
 
@@ -244,6 +245,7 @@ class CachedAttention(flax.struct.PyTreeNode):
 
     valid: Bool[Array, "B S"]
     slot: Int[Array, ""]
+    on_cpu: bool = flax.struct.field(pytree_node=False)
 
     def attend(
         self, q: Any, k: Any, v: Any, window: Window, cached: tuple[Any, Any]
@@ -265,5 +267,8 @@ class CachedAttention(flax.struct.PyTreeNode):
         scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, None, None], scores * d**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgs,bkds->bkgd", weights, values)
+        if self.on_cpu:
+            out = few_rows_sum(weights, values)
+        else:
+            out = jnp.einsum("bkgs,bkds->bkgd", weights, values)
         return out.reshape(q.shape), (keys, values)

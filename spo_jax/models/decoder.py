@@ -312,7 +312,7 @@ class Model:
         c, e = self.config, self.execution
         own = jnp.ones_like(cache.valid[:, :1])
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, own, cache.slot, axis=1)
-        context = CachedAttention(valid=valid, slot=cache.slot)
+        context = CachedAttention(valid=valid, slot=cache.slot, on_cpu=self._on_cpu)
         rotated = rotation(c, cache.positions[:, None])
         x = params["embed"][tokens][:, None].astype(e.compute_dtype)
         kept = []

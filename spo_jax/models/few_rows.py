@@ -38,6 +38,14 @@ def few_rows_product(
     return jax.lax.optimization_barrier(out).T
 
 
+def few_rows_sum(
+    weights: Float[Array, "B K g S"], values: Float[Array, "B K d S"]
+) -> Float[Array, "B K g d"]:
+    """``sum_s weights[..., s] values[..., s]``, with ``values`` as the left factor."""
+    out = jnp.einsum("bkds,bkgs->bkdg", values, weights)
+    return jnp.swapaxes(jax.lax.optimization_barrier(out), 2, 3)
+
+
 def transpose_kernels(tree: Params) -> Params:
     """``tree`` with every kernel transposed, stacked or not."""
     return jax.tree.map_with_path(

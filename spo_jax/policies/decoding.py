@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from spo_jax.models import Cache, Model, grow_cache, take_rows
+from spo_jax.parallel.constraints import platform
 from spo_jax.parallel.processes import everywhere
 from spo_jax.policies.live_rows import (
     count_live,
@@ -181,14 +183,21 @@ class _Dropped(NamedTuple):
     places: Int[Array, "groups n"]
 
 
-def _choose(logits, step, draw: _Draw, top_k: int | None) -> Int[Array, "B"]:
+def _choose(logits, step, draw: _Draw, top_k: int | None, mesh: Mesh | None) -> Int[Array, "B"]:
     # A NaN or an infinity comes through the largest; argmax alone would make a token of it.
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
     if draw.keys is None:
         return jnp.where(finite, jnp.argmax(logits, axis=-1), NOT_FINITE).astype(jnp.int32)
     logits = truncate(logits / draw.temperature, top_k=top_k, top_p=draw.top_p)
-    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))
-    return jnp.where(finite, drawn(draw.keys, logits), NOT_FINITE).astype(jnp.int32)
+    # As in jax.random.categorical.
+    noise = jax.vmap(
+        lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], logits.dtype)
+    )(draw.keys)
+    if platform(mesh) == "cpu":
+        # Else it is computed inside the argmax, number by number.
+        noise = jax.lax.optimization_barrier(noise)
+    drawn = jnp.argmax(noise + logits, axis=-1)
+    return jnp.where(finite, drawn, NOT_FINITE).astype(jnp.int32)
 
 
 def _put(progress: _Progress, chosen, cache: Cache, eos_ids, pad_id) -> _Progress:
@@ -220,7 +229,8 @@ def _start(
         cache=cache,
     )
     logits = model.decode_logits(model.decode_params(params), hidden)
-    return _put(nothing, _choose(logits, 0, draw, top_k), cache, eos_ids, pad_id)
+    chosen = _choose(logits, 0, draw, top_k, model.mesh)
+    return _put(nothing, chosen, cache, eos_ids, pad_id)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -271,7 +281,8 @@ def _advance(model, params, progress, draw, fewer, *, until, groups, top_k, eos_
 
     def advance(progress):
         hidden, cache = model.decode_step(params, progress.cache, progress.token)
-        chosen = _choose(model.decode_logits(params, hidden), progress.step, draw, top_k)
+        logits = model.decode_logits(params, hidden)
+        chosen = _choose(logits, progress.step, draw, top_k, model.mesh)
         return _put(progress, chosen, cache, eos_ids, pad_id)
 
     progress = jax.lax.while_loop(unfinished, advance, progress)

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
+from spo_jax.models.few_rows import (
+    few_rows_product,
+    few_rows_sum,
+    layer_by_layer,
+    transpose_kernels,
+)
 from tests.tiny import tiny_model, tiny_params
 
 
@@ -21,6 +26,16 @@ def test_the_matrix_is_the_left_factor():
     dots = [line for line in program.splitlines() if " dot(" in line]
     assert len(dots) == 1
     assert "f32[24,3]" in dots[0]
+
+
+def test_values_are_the_left_factor():
+    weights = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    values = jax.random.normal(jax.random.key(1), (2, 3, 8, 6))
+    total = jax.jit(few_rows_sum)
+    expected = jnp.einsum("bkgs,bkds->bkgd", weights, values)
+    np.testing.assert_allclose(total(weights, values), expected, rtol=1e-5, atol=1e-5)
+    program = total.lower(weights, values).compile().as_text()
+    assert [line for line in program.splitlines() if " dot(" in line and "f32[2,3,8,4]" in line]
 
 
 def test_layers_are_taken_apart():

@@ -125,6 +125,20 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(load):
     np.testing.assert_array_equal(cold, greedy(model, params, tokens, mask))
 
 
+@pytest.mark.parametrize("name", ["cpu", "tpu"])
+def test_a_token_is_that_of_jax_random_categorical(name, monkeypatch):
+    monkeypatch.setattr(decoding, "platform", lambda mesh: name)
+    logits = jax.random.normal(jax.random.key(0), (64, 50)) * 3
+    keys = jax.random.split(jax.random.PRNGKey(1), 64)
+    draw = decoding._Draw(keys, jnp.float32(0.7), None)
+    found = jax.jit(lambda x, draw: decoding._choose(x, 5, draw, None, None))(logits, draw)
+    expected = [
+        jax.random.categorical(jax.random.fold_in(key, 5), row / jnp.float32(0.7))
+        for key, row in zip(keys, logits, strict=True)
+    ]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.slow
 def test_samples_follow_the_model(load):
     model, params = load("llama")
