@@ -20,7 +20,7 @@ from spo_jax.config.schema import (
     LoopConfig,
     OptimizerConfig,
 )
-from spo_jax.solvers import INSIDE, PENALTIES, WEIGHT_SCHEDULES, make_solver
+from spo_jax.solvers import FORMS, INSIDE, PENALTIES, WEIGHT_SCHEDULES, make_solver
 from spo_jax.solvers.optimizers import optimizer_options
 from spo_jax.tasks import TASKS
 
@@ -28,7 +28,12 @@ from spo_jax.tasks import TASKS
 def validate_solver(config: Config) -> None:
     """The solver, its options, and whether its inner chain can do what it asks for."""
     solver, options = config.solver.name, config.solver.options
-    known_values = {"penalty": PENALTIES, "inside": INSIDE, "weight_schedule": WEIGHT_SCHEDULES}
+    known_values = {
+        "penalty": PENALTIES,
+        "weight_schedule": WEIGHT_SCHEDULES,
+        "form": FORMS,
+        "inside": INSIDE,
+    }
     for key, known in known_values.items():
         if options.get(key, known[0]) not in known:
             raise ConfigError(

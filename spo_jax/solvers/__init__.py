@@ -21,10 +21,11 @@ from spo_jax.solvers.optimizers import (
 )
 from spo_jax.solvers.penalty import PENALTIES, WEIGHT_SCHEDULES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
-from spo_jax.solvers.primal_dual import make_primal_dual
+from spo_jax.solvers.primal_dual import FORMS, make_primal_dual
 from spo_jax.solvers.unrolled import make_unrolled, make_unrolled_first_order
 
 __all__ = [
+    "FORMS",
     "INSIDE",
     "PENALTIES",
     "SOLVERS",

@@ -303,6 +303,7 @@ def test_sections_that_a_stage_uses_are_taken():
         ),
         ({"solver": {"name": "dynamic_barrier", "strength": 0}}, ["solver.strength=0.0"]),
         ({"solver": {"name": "primal_dual", "gap_decay": 1.0}}, ["solver.gap_decay=1.0"]),
+        ({"solver": {"name": "primal_dual", "form": "lagrange"}}, ["did you mean 'lagrangian'"]),
         ({"solver": {"name": "alternating", "inner_steps": 0}}, ["preference_only"]),
         ({"solver": {"name": "alternating", "inner_steps": -1}}, ["solver.inner_steps=-1"]),
         ({"solver": {"name": "alternating", "inner_steps": 1.5}}, ["expected a whole number"]),

@@ -149,6 +149,34 @@ def test_primal_dual_finds_the_constrained_optimum_by_itself(name):
     np.testing.assert_allclose(found, multiplier(problem, TOLERANCE, GAPS[name]), rtol=0.1)
 
 
+@pytest.mark.parametrize("name", list(GAPS))
+def test_at_the_edge_the_hinge_goes_back_and_forth_and_the_lagrangian_is_calm(name):
+    """At rates that do not fall: the limit of the one, and what the other is for."""
+    problem = PROBLEMS[name]
+    expected = multiplier(problem, TOLERANCE, GAPS[name])
+    optimum = problem.constrained(TOLERANCE, GAPS[name])
+    ends, weights = {}, {}
+    for form, gain in (("hinge", 0.0), ("lagrangian", 0.0), ("lagrangian", 5.0)):
+        solver = make_primal_dual(
+            outer=optax.sgd(0.05),
+            form=form,
+            tolerance=TOLERANCE,
+            multiplier_learning_rate=1.0,
+            proportional_gain=gain,
+        )
+        state, metrics = run(problem, solver, 3000)
+        ends[form, gain] = problem.answer(state.params)
+        weights[form, gain] = np.asarray(metrics["penalty_weight"])
+    back_and_forth = weights["hinge", 0.0][-500:]
+    assert np.sum(np.diff(back_and_forth == 0)) > 50
+    for gain in (0.0, 5.0):
+        calm = weights["lagrangian", gain][-500:]
+        np.testing.assert_allclose(calm, expected, rtol=2e-3)
+        np.testing.assert_allclose(ends["lagrangian", gain], optimum, atol=2e-4)
+    overshoot = {gain: weights["lagrangian", gain].max() - expected for gain in (0.0, 5.0)}
+    assert overshoot[5.0] < 0.7 * overshoot[0.0], "the proportional term damps the swing"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_primal_dual_without_tolerance_raises_the_weight_to_its_limit(name):
     problem, limit = PROBLEMS[name], 50.0

@@ -11,10 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spo_jax.solvers import (
+    FORMS,
     SOLVERS,
     make_alternating,
     make_dynamic_barrier,
     make_levels,
+    make_penalty,
     make_preference_only,
     make_primal_dual,
     make_solver,
@@ -23,7 +25,16 @@ from spo_jax.solvers import (
 )
 from spo_jax.solvers.base import inner_product, take_inner_steps
 from spo_jax.training.update import jit_step
-from tests.solvers.test_solvers import START, A, B, assert_near, assert_same, half_square, levels
+from tests.solvers.test_solvers import (
+    START,
+    A,
+    B,
+    assert_near,
+    assert_same,
+    half_square,
+    levels,
+    run,
+)
 
 WITH_INNER_STEPS = (make_alternating, make_unrolled, make_unrolled_first_order)
 
@@ -113,9 +124,42 @@ def test_the_average_of_the_gap_weighs_what_came_first():
     np.testing.assert_allclose(metrics["gap_average"], (0.09 * 1 + 0.1 * 3) / 0.19, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_controller_by_hand(form):
+    """Gaps 1, 4, 2 without averaging: the proportional term sees +3 and -2, and no first change."""
+    problem = make_levels(
+        lambda x, batch: (jnp.sum(x), None), lambda x, batch: (batch + 0 * jnp.sum(x), None)
+    )
+    solver = make_primal_dual(
+        outer=optax.sgd(0.0), form=form, gap_decay=0.0, tolerance=1.5,
+        multiplier_learning_rate=0.5, proportional_gain=2.0, multiplier_init=1.0,
+    )  # fmt: skip
+    state, used, applied = solver.init(jnp.zeros(1)), [], []
+    for gap in (1.0, 4.0, 2.0):
+        state, (_, metrics) = solver.update(state, jnp.asarray(gap), problem)
+        used.append(float(metrics["multiplier"]))
+        applied.append(float(metrics["penalty_weight"]))
+    used.append(float(state.variables.multiplier))
+    np.testing.assert_allclose(used, [1.0, 0.75, 0.75 + 1.25 + 6, 8.0 + 0.25 - 4], rtol=1e-6)
+    # Inside the region, at the gap of 1, the hinge does not pull.
+    assert applied == [0.0 if form == "hinge" else 1.0, *used[1:3]]
+
+
+def test_a_multiplier_that_cannot_move_is_the_linear_penalty_bit_for_bit():
+    chain = optax.adamw(1e-2, weight_decay=0.1)
+    fixed = make_primal_dual(
+        outer=chain, form="lagrangian", multiplier_learning_rate=0.0, multiplier_init=3.0
+    )
+    ends = [run(s, 5)[0] for s in (fixed, make_penalty(outer=chain, penalty_weight=3.0))]
+    assert_same(ends[0].params, ends[1].params)
+    assert_same(ends[0].outer, ends[1].outer)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
+        ({"form": "augmented"}, "form='augmented': choose one of hinge, lagrangian"),
+        ({"proportional_gain": -1.0}, "proportional_gain=-1.0"),
         ({"multiplier_learning_rate": -1.0}, "multiplier_learning_rate=-1.0"),
         ({"multiplier_init": -0.1}, "multiplier_init=-0.1"),
         ({"multiplier_init": 2.0, "max_multiplier": 1.0}, "max_multiplier=1.0"),

@@ -32,6 +32,7 @@ OPTIONS = {
     "penalty": {"penalty": "squared_hinge", "tolerance": -0.1},
     "penalty, growing": {"weight_schedule": "geometric", "initial_weight": 0.1},
     "primal_dual": {"multiplier_init": 1.0, "tolerance": -0.1},
+    "primal_dual, lagrangian": {"form": "lagrangian", "proportional_gain": 2.0},
     "dynamic_barrier": {"tolerance": -5.0},
     "alternating": {"inner_steps": 2},
     "unrolled": {"inner_steps": 2},
