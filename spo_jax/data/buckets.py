@@ -4,27 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from spo_jax.data.covering import choose_covering
 from spo_jax.data.pairs import FILLER
 from spo_jax.data.tokenize import TokenizedRows
 
+MOST_SHAPES = 6
+"""Shapes of a data set's batches: each is compiled."""
 _FINE, _COARSE, _FINE_UP_TO = 8, 64, 256
+_CANDIDATES = 24
 
 
 @dataclass(frozen=True)
 class LengthBuckets:
     """The padded prompt lengths and completion lengths, ascending; a batch's shape is one of each.
 
-    Each shape in use is compiled once, so a handful of lengths is right.
+    Each shape in use is compiled once, so a handful of lengths is right. ``shapes`` are the
+    combinations in use, ``None`` for all; one of them holds the longest of both.
     """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    # Not shown: what is saved with runs is made of this text.
+    shapes: tuple[tuple[int, int], ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, lengths in (("prompt", self.prompt), ("completion", self.completion)):
@@ -76,19 +83,36 @@ def choose_buckets(
     *,
     prompt: Sequence[int] | None = None,
     completion: Sequence[int] | None = None,
-    most: int = 3,
+    most: int = MOST_SHAPES,
 ) -> LengthBuckets:
-    """Buckets as given, and where not given at most ``most`` lengths that pad the data least.
+    """Buckets as given, and where not given those that pad the data least.
 
-    Chosen lengths are multiples of 8, above 256 of 64. Of ascending lengths that end at the
-    longest row's, those are taken that minimise the sum of padded lengths (dynamic programming
-    over the distinct rounded lengths).
+    With neither given, ``most`` shapes are chosen together; with one, lengths of the other, all
+    of whose combinations are at most so many. Chosen lengths are multiples of 8, above 256 of 64.
     """
     longest = rows.completion_lengths.max(axis=1)
-    return LengthBuckets(
-        tuple(prompt) if prompt else _best_lengths(rows.prompt_lengths, most),
-        tuple(completion) if completion else _best_lengths(longest, most),
-    )
+    if not prompt and not completion:
+        return _best_shapes(rows.prompt_lengths, longest, rows.num_completions, most)
+    if prompt:
+        completion = completion or _best_lengths(longest, max(1, most // len(prompt)))
+    else:
+        prompt = _best_lengths(rows.prompt_lengths, max(1, most // len(completion)))
+    return LengthBuckets(tuple(prompt), tuple(completion))
+
+
+def _best_shapes(
+    prompt: np.ndarray, completion: np.ndarray, branches: int, most: int
+) -> LengthBuckets:
+    sizes = [np.array(_best_lengths(x, _CANDIDATES)) for x in (prompt, completion)]
+    rows = np.stack(list(map(np.searchsorted, sizes, (prompt, completion))), axis=1)
+    rows, weight = np.unique(rows, axis=0, return_counts=True)
+    shapes = np.indices(tuple(map(len, sizes))).reshape(2, -1).T
+    covers = (shapes[:, None] >= rows).all(axis=-1)
+    lengths = np.stack([size[i] for size, i in zip(sizes, shapes.T, strict=True)], axis=1)
+    cost = lengths @ np.array([1.0, branches])
+    chosen = lengths[choose_covering(cost, covers, most=most, weight=weight.astype(float))]
+    prompts, completions = (tuple(np.unique(x).tolist()) for x in chosen.T)
+    return LengthBuckets(prompts, completions, tuple(map(tuple, chosen.tolist())))
 
 
 def _best_lengths(lengths: np.ndarray, most: int) -> tuple[int, ...]:
@@ -113,30 +137,26 @@ def _best_lengths(lengths: np.ndarray, most: int) -> tuple[int, ...]:
 def assign_shapes(
     rows: TokenizedRows, buckets: LengthBuckets
 ) -> tuple[list[tuple[int, int]], Int[np.ndarray, "N"]]:
-    """All shapes, cheapest first, and for each row the index of the smallest that holds it.
+    """All shapes, cheapest first, and for each row the index of the first that holds it.
 
     Raises ``ValueError`` for a row that no bucket holds.
     """
-    n = rows.num_completions
-    shapes = [(p, c) for p in buckets.prompt for c in buckets.completion]
-    shapes.sort(key=lambda shape: (shape[0] + n * shape[1], shape))
-    p = _smallest(rows.prompt_lengths, buckets.prompt, "prompt")
-    c = _smallest(rows.completion_lengths.max(axis=1), buckets.completion, "completion")
-    number = np.zeros((len(buckets.prompt), len(buckets.completion)), np.int64)
-    for i, (prompt, completion) in enumerate(shapes):
-        number[buckets.prompt.index(prompt), buckets.completion.index(completion)] = i
-    return shapes, number[p, c]
+    n, longest = rows.num_completions, rows.completion_lengths.max(axis=1)
+    _check_longest(rows.prompt_lengths, buckets.prompt, "prompt")
+    _check_longest(longest, buckets.completion, "completion")
+    shapes = buckets.shapes or [(p, c) for p in buckets.prompt for c in buckets.completion]
+    shapes = sorted(shapes, key=lambda shape: (shape[0] + n * shape[1], shape))
+    held = np.array([(rows.prompt_lengths <= p) & (longest <= c) for p, c in shapes])
+    return shapes, held.argmax(axis=0)
 
 
-def _smallest(lengths: np.ndarray, sizes: tuple[int, ...], what: str) -> np.ndarray:
-    at = np.searchsorted(sizes, lengths)
-    if at.max(initial=0) >= len(sizes):
+def _check_longest(lengths: np.ndarray, sizes: tuple[int, ...], what: str) -> None:
+    if lengths.max(initial=0) > sizes[-1]:
         row = int(lengths.argmax())
         raise ValueError(
             f"row {row}: a {what} of {lengths[row]} tokens is longer than the largest of "
             f"{what}_buckets={list(sizes)}: add a bucket, or set max_{what}_length: {sizes[-1]}"
         )
-    return at
 
 
 def plan_batches(

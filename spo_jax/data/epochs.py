@@ -50,7 +50,8 @@ class ByLength:
     """Rows of like length meet; a batch is padded to the smallest of ``buckets`` that holds it."""
 
     def __init__(self, rows: TokenizedRows, *, batch_size: int, buckets: LengthBuckets):
-        self.identity, self._batch_size = buckets, batch_size
+        self.identity = (buckets, buckets.shapes) if buckets.shapes else buckets
+        self._batch_size = batch_size
         self._shapes, self._shape_of_row = assign_shapes(rows, buckets)
 
     def deal(self, order: Int[np.ndarray, "K"], bits: np.random.PCG64) -> list[PlannedBatch]:

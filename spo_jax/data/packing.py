@@ -14,13 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from spo_jax.data.buckets import PlannedBatch
+from spo_jax.data.buckets import MOST_SHAPES, PlannedBatch
 from spo_jax.data.covering import choose_covering
 from spo_jax.data.pairs import FILLER
 from spo_jax.data.tokenize import TokenizedRows
 
-MOST_SHAPES = 6
-"""Compiled shapes of a data set."""
 ATTENTION_LENGTH = 32768
 """A branch of this many tokens costs twice what its tokens cost alone, as attention grows with it.
 

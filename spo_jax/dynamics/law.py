@@ -168,6 +168,7 @@ def _law(chosen: Params, rejected: Params, c_w, c_l) -> dict[str, Float[Array, "
 
 def _scan_pairs(one, pairs: PreferenceBatch, loss: PreferenceLoss, statistics) -> Probed:
     """``one(pair, coefficients)`` for each pair as a batch of 1; its values become ``[B]``."""
+    _check_unpacked(pairs)
     lengths = jnp.sum(scored_mask(pairs), axis=-1, dtype=jnp.float32)
     mean_length = jnp.maximum(jnp.mean(lengths[:, 0]), 1)
 
@@ -187,6 +188,14 @@ def _scan_pairs(one, pairs: PreferenceBatch, loss: PreferenceLoss, statistics) -
         return None, one(pair, coefficients)
 
     return jax.lax.scan(body, None, (pairs, lengths))[1]
+
+
+def _check_unpacked(batch: CompletionBatch) -> None:
+    if batch.segments is not None:
+        raise ValueError(
+            "packed rows: pairs are probed one by one, give a batch of one pair a row "
+            "(data.rows_to_batch with indices [B])"
+        )
 
 
 def with_completions(
@@ -223,6 +232,7 @@ def make_mass(
     """
 
     def mass(params, batch):
+        _check_unpacked(batch)
         states, head = states_and_head(model, params, batch)
         mask = scored_mask(batch)
         tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)

@@ -26,7 +26,7 @@ from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
 from spo_jax.policies.limits import check_rows
 from spo_jax.policies.loading import Policy, as_trained, date_of_run, find_run, load_policy
-from spo_jax.policies.rows import prepare_rows, read_rows, round_up
+from spo_jax.policies.rows import packed_for, prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
 
@@ -127,8 +127,15 @@ def evaluate_model(
         day = date_of_run(model)
         rows = prepare_rows(section, kind, policy.tokenizer, seed=0, name="data", date=day)
         check_rows(rows, policy.model.config, policy.tokenizer, "data")
+        rows = packed_for(rows, policy.model.config)
         size = round_up(batch_size, batch_shards(mesh))
-        batches = eval_batches(rows.train, batch_size=size, buckets=rows.buckets)
+        batches = eval_batches(
+            rows.train,
+            batch_size=size,
+            buckets=rows.buckets,
+            packing=rows.packing,
+            rows_unit=batch_shards(mesh),
+        )
         logprobs = make_logprobs_fn(policy.model)
         found = row_logprobs(logprobs, policy.params, batches, place)
         result: dict[str, Any] = {"model": str(model), "data": str(data), "kind": kind}

@@ -18,6 +18,7 @@ from spo_jax.data import (
 )
 from spo_jax.data.chat import template_text
 from spo_jax.data.shares import Prepared, Recipe
+from spo_jax.models import DecoderConfig
 from spo_jax.parallel.processes import say
 from spo_jax.policies.prepared import prepare_records
 from spo_jax.tasks import arithmetic
@@ -36,11 +37,15 @@ def task_problems(task: TaskConfig, seed: int):
 
 
 class Rows(NamedTuple):
-    """Tokenized rows for training and for evaluation, with the buckets both are padded to."""
+    """Tokenized rows for training and for evaluation, with the buckets both are padded to.
+
+    ``packing`` is that of ``data.make_train_iterator``.
+    """
 
     train: TokenizedRows
     heldout: TokenizedRows | None
     buckets: LengthBuckets
+    packing: bool | str = False
 
 
 def read_rows(
@@ -116,7 +121,18 @@ def prepare_rows(
         tell((f"{name}.eval", f"{name} held out"), lines)
     held = held[0] if held else None
     buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
-    return Rows(train, held, buckets if held is None else _room_for(held, buckets, data))
+    given = data.prompt_buckets is not None or data.completion_buckets is not None
+    packing = False if data.packing == "auto" and given else data.packing
+    return Rows(train, held, buckets if held is None else _room_for(held, buckets, data), packing)
+
+
+def packed_for(rows: Rows, config: DecoderConfig) -> Rows:
+    """``rows`` for a model: ``auto`` packs none for one with sliding windows.
+
+    Kernels skip what lies outside of a window by its place in a row, which packing changes.
+    """
+    windows = config.shared_window is not None or config.layer_windows is not None
+    return rows._replace(packing=False) if windows and rows.packing == "auto" else rows
 
 
 def _room_for(held: TokenizedRows, buckets: LengthBuckets, data: DataConfig) -> LengthBuckets:
@@ -126,10 +142,12 @@ def _room_for(held: TokenizedRows, buckets: LengthBuckets, data: DataConfig) -> 
         longest = int(lengths.max())
         return sizes if given or longest <= sizes[-1] else (*sizes, round_up(longest, 8))
 
-    return LengthBuckets(
-        extend(buckets.prompt, held.prompt_lengths, data.prompt_buckets),
-        extend(buckets.completion, held.completion_lengths, data.completion_buckets),
-    )
+    prompt = extend(buckets.prompt, held.prompt_lengths, data.prompt_buckets)
+    completion = extend(buckets.completion, held.completion_lengths, data.completion_buckets)
+    shapes, largest = buckets.shapes, (prompt[-1], completion[-1])
+    if shapes is not None and largest not in shapes:
+        shapes = (*shapes, largest)
+    return LengthBuckets(prompt, completion, shapes)
 
 
 def round_up(size: int, unit: int) -> int:

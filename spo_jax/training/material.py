@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,18 +13,18 @@ from jax.sharding import Mesh
 
 from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
 from spo_jax.config.schema import BUILTIN_TASK, Config, LoopConfig
-from spo_jax.data import BatchSource, eval_batches, make_train_iterator
+from spo_jax.data import BatchSource, TrainIterator, eval_batches, make_train_iterator
 from spo_jax.dynamics.probes import Probes
 from spo_jax.dynamics.row_choice import make_probe_set
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
 from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
-from spo_jax.parallel.processes import by_first
+from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.limits import check_rows
 from spo_jax.policies.loading import Policy, is_run, load_policy
 from spo_jax.policies.reference_logprobs import make_reference_logprobs
-from spo_jax.policies.rows import Rows, prepare_rows, round_up
+from spo_jax.policies.rows import Rows, packed_for, prepare_rows, round_up
 from spo_jax.sampling.builtin import builtin_data
 from spo_jax.training.batches import Batches
 from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
@@ -54,7 +54,7 @@ def rows_of_stage(
                 root = Path(config.output_dir)
                 data = builtin_data(config, section, policy, root, resume=resume)
             kind = "preference" if section == "data" else "sft"
-            read[section] = prepare_rows(
+            found = prepare_rows(
                 data,
                 kind,
                 policy.tokenizer,
@@ -63,7 +63,8 @@ def rows_of_stage(
                 date=config.date,
                 cache=config.rows_cache,
             )
-            check_rows(read[section], policy.model.config, policy.tokenizer, section)
+            check_rows(found, policy.model.config, policy.tokenizer, section)
+            read[section] = packed_for(found, policy.model.config)
         return read[section]
 
     if name == "sft":
@@ -130,37 +131,50 @@ def frozen_logprobs(
     logprobs_of = make_reference_logprobs(config, model, reference, mesh, batch_size=size)
     own, inner = rows
     return Frozen(
-        train=logprobs_of(own.train, own.buckets, "train"),
-        heldout=None if own.heldout is None else logprobs_of(own.heldout, own.buckets, "heldout"),
-        inner=None if inner is None else logprobs_of(inner.train, inner.buckets, "sft"),
+        train=logprobs_of(own, own.train, "train"),
+        heldout=None if own.heldout is None else logprobs_of(own, own.heldout, "heldout"),
+        inner=None if inner is None else logprobs_of(inner, inner.train, "sft"),
     )
 
 
-def make_batches(config: Config, name: str, rows: StageRows, frozen: Frozen) -> Batches:
+def make_batches(config: Config, name: str, rows: StageRows, frozen: Frozen, mesh: Mesh) -> Batches:
     """Batches of a stage without an end, in the order of the seed; each process has its rows."""
-    size = loop_of(config, name).batch_size
-    own = _iterator(config, rows.own, size, frozen.train)
+    loop = loop_of(config, name)
+    size, unit = loop.batch_size, batch_shards(mesh) * loop.gradient_accumulation
+    own = _iterator(config, name, rows.own, size, frozen.train, unit)
     sources = {"sft" if name == "sft" else "preference": rows.own.train.source_rows}
     if name == "sft":
         return Batches(sft=own, sources=sources)
     inner = None
     if rows.inner is not None:
-        inner = _iterator(config, rows.inner, inner_batch_size(config), frozen.inner)
+        size = inner_batch_size(config)
+        inner = _iterator(config, f"{name} (inner)", rows.inner, size, frozen.inner, unit)
         sources["sft"] = rows.inner.train.source_rows
     return Batches(own, inner, sources)
 
 
-def _iterator(config: Config, rows: Rows, batch_size: int, logprobs: np.ndarray | None) -> Any:
-    return make_train_iterator(
+def _iterator(
+    config: Config,
+    name: str,
+    rows: Rows,
+    batch_size: int,
+    logprobs: np.ndarray | None,
+    rows_unit: int,
+) -> TrainIterator:
+    batches = make_train_iterator(
         rows.train,
         batch_size=batch_size,
         buckets=rows.buckets,
+        packing=rows.packing,
+        rows_unit=rows_unit,
         seed=config.seed,
         num_epochs=None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         reference_logprobs=logprobs,
     )
+    say(f"{name}: {batches.plan_report}")
+    return batches
 
 
 def heldout_batches(
@@ -171,6 +185,8 @@ def heldout_batches(
         rows.heldout,
         batch_size=round_up(loop.eval_batch_size or loop.batch_size, batch_shards(mesh)),
         buckets=rows.buckets,
+        packing=rows.packing,
+        rows_unit=batch_shards(mesh),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         reference_logprobs=logprobs,

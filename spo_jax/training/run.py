@@ -156,7 +156,7 @@ def run_stage(
     frozen = frozen_logprobs(config, start.model, reference, rows, mesh) if pairs else Frozen()
     online = reference if config.reference.mode == "online" else None
     del reference  # what is computed ahead needs no second model in memory from here on
-    batches = make_batches(config, name, rows, frozen)
+    batches = make_batches(config, name, rows, frozen, mesh)
 
     # Objective, solver and optimizer: the update.
     steps = number_of_steps(loop_of(config, name), rows.own)

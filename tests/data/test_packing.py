@@ -15,9 +15,9 @@ from spo_jax.data import (
     eval_batches,
     make_train_iterator,
 )
+from spo_jax.data.buckets import MOST_SHAPES
 from spo_jax.data.covering import WORTH, choose_covering
 from spo_jax.data.packing import (
-    MOST_SHAPES,
     PackedShape,
     choose_shapes,
     deal_evenly,

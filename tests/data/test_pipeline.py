@@ -207,7 +207,9 @@ def test_clear_errors():
 def test_chosen_buckets_cover_the_data_with_the_least_padding():
     rows = make_rows([([1] * p, [[2] * c, [4]]) for p, c in ((0, 3), (7, 30), (9, 8), (16, 300))])
     buckets = choose_buckets(rows)
-    assert buckets == LengthBuckets((8, 16), (8, 32, 320))
+    shapes = ((8, 8), (16, 8), (8, 32), (16, 320))
+    assert buckets == LengthBuckets((8, 16), (8, 32, 320), shapes)
+    assert choose_buckets(rows, most=2).shapes == ((16, 32), (16, 320))
     assert choose_buckets(rows, prompt=[20], most=1) == LengthBuckets((20,), (320,))
 
 
@@ -223,4 +225,4 @@ def test_no_other_choice_of_buckets_pads_less(lengths, most):
     best = min(
         padded([*others, sizes[-1]]) for k in range(most) for others in combinations(sizes[:-1], k)
     )
-    assert padded(choose_buckets(rows, most=most).prompt) == best
+    assert padded(choose_buckets(rows, completion=[8], most=most).prompt) == best

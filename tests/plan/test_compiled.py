@@ -94,7 +94,7 @@ def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     stage = make_stage(
         config, "preference", start.model, preference_loss(config), mesh, steps=config.train.steps
     )
-    batch = place_batch(next(make_batches(config, "preference", rows, frozen)), mesh)
+    batch = place_batch(next(make_batches(config, "preference", rows, frozen, mesh)), mesh)
 
     def state():
         return first_state(config, stage, start, mesh, donate=False)
