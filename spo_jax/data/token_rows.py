@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import itertools
@@ -14,6 +16,7 @@ from jaxtyping import Bool, Int
 
 from spo_jax.data.chunks import COUNTED, ChunkEncoder, IdChunk
 
+_FREED_AT_ONCE = 8
 _PERCENTILES = (50, 90, 99, 100)
 
 
@@ -129,7 +132,16 @@ def join_chunks(
         chunk = chunks.pop()
         for side in joined:
             side.take(chunk)
+        del chunk
+        if len(chunks) % _FREED_AT_ONCE == 0:
+            _give_back()
     return [side.finish() for side in joined]
+
+
+def _give_back() -> None:
+    """Freed arrays below some size stay with the process, unless glibc is asked for them."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Joined:

@@ -27,6 +27,7 @@ BAD = {
     5: {"prompt": "q", "chosen": "", "rejected": "b"},
     18: {"prompt": "q", "chosen": "a", "rejected": "a"},
     19: {"prompt": "q", "rejected": "a"},
+    27: {"prompt": "q", "chosen": "c", "rejected": "c"},
 }
 
 
@@ -101,7 +102,7 @@ def test_a_bad_row_is_said_with_all_that_stand_behind_it(write):
     records = write(BAD)
     with pytest.raises(RowError) as expected:
         in_one_piece(records)
-    with pytest.raises(RowError, match=r"rows.jsonl:6: .*\(2 of the next 24 rows") as caught:
+    with pytest.raises(RowError, match=r"rows.jsonl:6: .*\(3 of the next 24 rows") as caught:
         by_chunks(records)
     assert str(caught.value) == str(expected.value)
     assert (caught.value.row, caught.value.reason) == (6, "empty chosen")
@@ -135,7 +136,7 @@ def test_other_cores_make_the_same_rows_and_errors(write, monkeypatch):
     monkeypatch.setattr(cores._Crew, "is_ready", wait)
     monkeypatch.setattr(shares.RecordTask, "__call__", here)
     assert_same(by_chunks(records, **options), expected)
-    with pytest.raises(RowError, match=r"rows.jsonl:6: .*\(2 of the next 24 rows"):
+    with pytest.raises(RowError, match=r"rows.jsonl:6: .*\(3 of the next 24 rows"):
         by_chunks(records)
 
 
@@ -207,7 +208,7 @@ def test_a_bad_row_of_one_process_is_an_error_of_all(write, monkeypatch, count):
     assert {type(error) for error in found} == {RowError}
     (text,) = {str(error) for error in found}
     assert "rows.jsonl:6: empty chosen" in text
-    assert "(2 of the next 24 rows" in text
+    assert "(3 of the next 24 rows" in text
 
 
 def test_other_files_are_an_error_of_all(write, monkeypatch):

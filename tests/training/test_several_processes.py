@@ -7,7 +7,9 @@ import signal
 import numpy as np
 import pytest
 
+from spo_jax.data.tokenize import CHUNK
 from tests.runs import (
+    PAIRS,
     finish,
     metrics_of,
     start,
@@ -113,6 +115,32 @@ def test_what_only_one_process_lacks_ends_all_of_them(alone):
     assert statuses[0] not in (0, -signal.SIGKILL), logs
     assert "spo-jax: error (process 1 of 2)" in logs
     assert "nowhere.jsonl" in logs
+
+
+def test_rows_are_shared_out_and_a_bad_one_is_an_error_of_all(alone):
+    """More rows than one process has in its share: every second chunk is the other's."""
+    folder, _, cache = alone
+    file = folder / "many.jsonl"
+    rows = [dict(PAIRS[i % len(PAIRS)]) for i in range(2 * CHUNK + 100)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = {"steps": 2, "eval_every": 2, "eval_batch_size": 64}
+    config = write_config(folder, "many", data={"train": str(file)}, train=loop)
+    run = start(config, folder / "many_1", log=folder / "many_1.log", cache=cache)
+    assert finish([run], PATIENCE) == [0], (folder / "many_1.log").read_text()
+    options = {"log": folder / "many_2", "cache": cache}
+    processes = start_several(config, folder / "many_2", 2, **options)
+    assert finish(processes, PATIENCE) == [0, 0], logs_of(folder, "many_2")
+    found, expected = (metrics_of(folder / name / "preference") for name in ("many_2", "many_1"))
+    assert_same_metrics(found, expected)
+
+    rows[CHUNK + 10]["chosen"] = ""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options["log"] = folder / "many_bad"
+    processes = start_several(config, folder / "many_bad", 2, **options)
+    assert finish(processes, PATIENCE) == [2, 2], logs_of(folder, "many_bad")
+    for number in range(2):
+        said = (folder / f"many_bad.{number}.log").read_text()
+        assert f"{file}:{CHUNK + 11}: empty chosen" in said
 
 
 def test_the_variables_of_slurm_are_enough(alone):
