@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spo_jax.data import rows_to_batch
 from spo_jax.models import init_model
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.objective.logprobs import scored_mask
+from tests.data.test_packing import mixed_rows
+from tests.data.tiny_data import make_rows
 from tests.models.tiny_models import HF_CONFIGS, write_folder
 from tests.tiny import random_batch, tiny_model, tiny_params
 
@@ -308,3 +311,23 @@ def test_generation_is_timed_beside_its_limits(script, tmp_path, capsys):
         assert min(numbers) > 0
     assert early.startswith("3 rows, float32, temperature 1, ending early: ")
     assert 1 <= float(re.search(r"([\d.]+) a row", early)[1]) <= 6
+
+
+def test_padding_counts_what_is_laid_out(script):
+    padding = script("padding")
+    rows = make_rows([([1] * 3, [[2] * 4, [2] * 2]), ([1], [[2] * 8, [2]])])
+    batches = [
+        rows_to_batch(rows, np.array(ids), prompt_length=8, completion_length=16)
+        for ids in ([0, 1], [[1, 0, -1]])
+    ]
+    found = padding.tokens_of(rows, batches)
+    assert found.real == 2 * (3 + 4 + 2 + 1 + 8 + 1)
+    assert found.laid_out == (2 + 1) * (8 + 2 * 16)
+    assert found.shapes == {(2, 8, 16), (1, 8, 16, 3)}
+    plain, packed = (
+        padding.tokens_of(some, padding.batches_of(some, 16, 1, 1, packing=packing))
+        for some in (mixed_rows(96),)
+        for packing in (False, True)
+    )
+    assert plain.real == packed.real
+    assert packed.laid_out < 0.8 * plain.laid_out
