@@ -165,8 +165,8 @@ def _search(options, config, architecture, machine, stages, record) -> int:
 
 
 def _remat(own: str) -> tuple[str, ...]:
-    """What keeps everything, the layers' products, nothing; and the configuration's own."""
-    return tuple(dict.fromkeys(("none", "dots_no_batch", "full", own)))
+    """The default, what keeps the layers' products, nothing; and the configuration's own."""
+    return tuple(dict.fromkeys(("elementwise", "dots_no_batch", "full", own)))
 
 
 def _bytes(options: argparse.Namespace) -> float | None:

@@ -46,8 +46,10 @@ class ModelConfig:
     tokenizer: str | None = _key(None, "tokenizer folder or hub name, when not that of path")
     param_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "stored weights")
     compute_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "matrix products")
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = _key(
-        "none", "what the backward pass recomputes"
+    remat: Literal["none", "elementwise", "dots", "dots_no_batch", "full"] = _key(
+        "elementwise",
+        "what the backward pass computes again: nothing, all but products and attention (default), "
+        "all but products, all but the layers' products, every layer",
     )
     attention: Literal["auto", "xla", "blocked", "cudnn", "splash"] = _key(
         "auto", "attention kernel"

@@ -26,6 +26,9 @@ from spo_jax.parallel.constraints import platform
 Window: TypeAlias = Int[Array, ""] | int | None
 """How many tokens a query sees, itself included; ``None`` for all earlier ones."""
 
+ATTENDED = "attended"
+"""The name of what attention hands on: rematerialization may save it."""
+
 NO_WINDOW = 2**30
 """A window no sequence reaches: full attention where windows are an array over layers."""
 
@@ -178,7 +181,7 @@ def choose_kernel(
             f"attention='splash' on {backend}: it is a TPU kernel; use attention='auto' or 'cudnn'"
         )
     splash = functools.partial(splash_attention, mesh=mesh, interpret=backend != "tpu")
-    return with_second_derivative(splash, xla_attention)
+    return with_second_derivative(splash, xla_attention, ATTENDED)
 
 
 def _within(length: int, window: Window, positions: Any) -> Bool[Array, "#B T T"]:

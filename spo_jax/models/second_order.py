@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 
-def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any]):
+def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any], name: str):
     """``kernel(q, k, v, segment_ids, window)`` with its own gradient, and ``plain``'s beyond it.
 
     A fused kernel's backward pass is a kernel again, that nothing can differentiate; an
     unrolled solver has to. ``plain`` is the same function in ordinary operations: where the
-    gradient is differentiated, and only there, its derivative is taken.
+    gradient is differentiated, and only there, its derivative is taken. What the kernel keeps for
+    its backward pass is called ``name``, for rematerialization to save.
     """
 
     def attention(q, k, v, segment_ids, window):
@@ -28,6 +30,7 @@ def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any]
 
         def forward_pass(q, k, v, segment_ids):
             out, kept = forward(q, k, v, segment_ids)
+            kept = [checkpoint_name(x, name) for x in kept]
             return (out, kept), (q, k, v, segment_ids, kept)
 
         def forward_pullback(saved, cotangents):

@@ -255,6 +255,8 @@ def _token_logprobs_backward(how, residuals, cotangent):
         logit_gradient = logit_gradient.astype(head.dtype)
         return cut.head_gradient(states, logit_gradient), cut.state_gradient(logit_gradient, head)
 
+    if kept is not None and cut.mesh is None:
+        return *_from_kept(kept, hidden, head, tokens, normalizer, cotangent), None
     if kept is not None:
         pieces = (cut.to_logits(x) for x in (hidden, tokens, normalizer, cotangent))
         head_gradient, state_gradient = of_chunk(kept, *pieces)
@@ -272,6 +274,34 @@ def _token_logprobs_backward(how, residuals, cotangent):
     pieces = tuple(_to_chunks(x, chunk) for x in (hidden, tokens, normalizer, cotangent))
     head_gradient, state_gradient = jax.lax.scan(body, start, pieces)
     return _from_chunks(state_gradient, length), _whole(head_gradient, cut, head.dtype), None
+
+
+def _from_kept(kept, hidden, head, tokens, normalizer, cotangent):
+    """Gradients of states and head from all logits at hand, on one device: as matrices.
+
+    A part of the rows at a time, so that gradients of logits never are a second array as large.
+    """
+    rows = tokens.size
+    parts = next(n for n in (4, 3, 2, 1) if rows % n == 0)
+    logits = kept.reshape(rows, -1)
+    of_rows = (
+        hidden.reshape(rows, -1),
+        *(x.reshape(rows) for x in (tokens, normalizer, cotangent)),
+    )
+
+    @jax.checkpoint
+    def body(head_gradient, start):
+        logits_, states, targets, log_z, ct = (
+            jax.lax.dynamic_slice_in_dim(x, start, rows // parts) for x in (logits, *of_rows)
+        )
+        gradient = ct[:, None] * (_is_target(head, targets) - jnp.exp(logits_ - log_z[:, None]))
+        gradient = gradient.astype(head.dtype)
+        found = jnp.einsum("rd,rv->dv", states, gradient, preferred_element_type=jnp.float32)
+        return head_gradient + found, jnp.einsum("rv,dv->rd", gradient, head)
+
+    start = jnp.zeros(head.shape, jnp.float32)
+    head_gradient, found = jax.lax.scan(body, start, jnp.arange(parts) * (rows // parts))
+    return found.reshape(hidden.shape), head_gradient.astype(head.dtype)
 
 
 def _whole(head_gradient, cut, dtype):

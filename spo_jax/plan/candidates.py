@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-REMAT = ("none", "dots", "dots_no_batch", "full")
+REMAT = ("none", "dots", "elementwise", "dots_no_batch", "full")
 """From what keeps most to what keeps least, and computes most again."""
 
 

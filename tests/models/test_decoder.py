@@ -181,20 +181,35 @@ def test_sixteen_bit_runs_close_to_float32(dtype, remat):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
+def gradient_of_states(remat):
+    rows, model = draw_rows(0, 3, 5, 2, 4), make_model(remat=remat)
+    return jax.grad(lambda p: jnp.sum(model.hidden(p, *rows)[1] ** 2))
+
+
 @pytest.mark.slow
-def test_rematerialization_changes_no_gradient():
-    rows = draw_rows(0, 3, 5, 2, 4)
+@pytest.mark.parametrize("remat", ["dots", "elementwise"])
+def test_rematerialization_changes_no_gradient(remat):
     params = draw_params(make_model())
-
-    def gradient(remat):
-        model = make_model(remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sum(model.hidden(p, *rows)[1] ** 2)))(params)
-
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        gradient("dots"),
-        gradient("none"),
+        jax.jit(gradient_of_states(remat))(params),
+        jax.jit(gradient_of_states("none"))(params),
     )
+
+
+def test_elementwise_rematerialization_computes_no_product_again():
+    """Attention's scores it computes again as without: blocks keep none."""
+    params = draw_params(make_model())
+
+    def products(remat):
+        text = str(jax.make_jaxpr(gradient_of_states(remat))(params))
+        return text.count("dot_general["), text.count("= logistic")
+
+    (none, silu), (elementwise, silu_again), (full, _) = map(
+        products, ("none", "elementwise", "full")
+    )
+    assert elementwise <= none < full
+    assert silu_again > silu
 
 
 def test_parameters_have_the_announced_shapes_and_are_scaled():

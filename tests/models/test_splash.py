@@ -166,6 +166,18 @@ def by_xla():
     return rows, readout(model, rows)(draw_params(model))
 
 
+def test_elementwise_rematerialization_runs_no_kernel_again():
+    """What the kernel keeps for its backward pass has a name that the policy saves."""
+    rows = draw_rows(0, 2, 9, 2, 7)
+
+    def kernels(remat):
+        model = Model(CONFIG, Execution(attention="splash", remat=remat))
+        text = str(jax.make_jaxpr(readout(model, rows))(draw_params(model)))
+        return text.count("pallas_call[")
+
+    assert kernels("elementwise") == kernels("none") < kernels("full")
+
+
 @pytest.mark.parametrize(
     ("remat", "cut"), [*((policy, True) for policy in REMAT_POLICIES), ("full", False)]
 )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.validation import checked_config, load_config
 from spo_jax.models import init_model, load_hf_config
 from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
@@ -23,7 +24,7 @@ from spo_jax.training.material import (
     rows_of_stage,
 )
 from spo_jax.training.run import first_state
-from spo_jax.training.stage import compile_update, make_stage, preference_loss
+from spo_jax.training.stage import compile_update, make_stage
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}
@@ -92,7 +93,7 @@ def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
     online = reference if config.reference.mode == "online" else None
     stage = make_stage(
-        config, "preference", start.model, preference_loss(config), mesh, steps=config.train.steps
+        config, "preference", start.model, bound_loss(config.loss), mesh, steps=config.train.steps
     )
     batch = place_batch(next(make_batches(config, "preference", rows, frozen, mesh)), mesh)
 

@@ -1,0 +1,210 @@
+"""What a token costs in large batches and in long rows: one DPO step, interleaved in one run.
+
+    python benchmarks/linear_cost.py --picture linear_cost.png
+
+Batches of 1 to 64 pairs are taken one pair at a time (gradient accumulation), rows of 256 to 4,096
+tokens one a batch. Two parts of a step are not the tokens' own: the optimizer's pass over all
+weights, and attention, which grows with the square of a row. Both are measured alone and taken off;
+the table has both numbers. Seconds are the least of some repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from matplotlib.figure import Figure
+from shared import make_llama, random_rows
+
+from spo_jax import (
+    BilevelBatch,
+    Model,
+    init_state,
+    jit_step,
+    make_logprobs_fn,
+    make_objective,
+    make_penalty,
+    make_preference_loss,
+    make_train_step,
+)
+from spo_jax.models.attention import BranchAttention, Layout, split_branches
+from spo_jax.report.style import COLOURS, FAINT_INK, INK, figure_style, figure_to_png
+
+VOCABULARY = 8192
+
+
+class Case(NamedTuple):
+    """A batch: pairs, and tokens of one pair's row (half of them prompt)."""
+
+    pairs: int
+    tokens: int
+
+    @property
+    def prompt(self) -> int:
+        return self.tokens // 2
+
+    @property
+    def completion(self) -> int:
+        return self.tokens // 4
+
+
+class Cost(NamedTuple):
+    """Seconds of a step, of its optimizer and of its attention."""
+
+    step: float
+    optimizer: float
+    attention: float
+
+    def per_token(self, case: Case) -> tuple[float, float]:
+        """Microseconds a token: of the whole step, and without optimizer and attention."""
+        tokens = case.pairs * case.tokens
+        own = self.step - self.optimizer - self.attention
+        return 1e6 * self.step / tokens, 1e6 * own / tokens
+
+
+def make_step(model: Model, case: Case) -> Callable[[], Any]:
+    """One DPO + SPO update of AdamW, from its state to the next."""
+    logprobs = make_logprobs_fn(model)
+    loss = make_preference_loss("dpo", beta=0.1)
+    objective = make_objective(logprobs, loss, micro_batches=case.pairs)
+    solver = make_penalty(outer=optax.adamw(1e-6))
+    step = jit_step(make_train_step(objective, solver, schedule=optax.constant_schedule(1e-6)))
+    state = init_state(solver, objective, model.init(jax.random.key(0)), jax.random.PRNGKey(0))
+    rows = random_rows(case.pairs, case.prompt, case.completion, branches=2, vocabulary=VOCABULARY)
+    kept = [state]
+
+    def run():
+        kept[0], metrics = step(kept[0], BilevelBatch(rows, None))
+        return metrics["loss"]
+
+    return run
+
+
+def make_optimizer(model: Model) -> Callable[[], Any]:
+    """AdamW on gradients that are at hand, with the norms that a step reports."""
+    params = model.init(jax.random.key(0))
+    chain = optax.adamw(1e-6)
+
+    def update(params, state):
+        updates, state = chain.update(params, state, params)
+        norms = optax.tree.norm(params) + optax.tree.norm(updates)
+        return optax.apply_updates(params, updates), state, norms
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+    kept = [(params, chain.init(params))]
+
+    def run():
+        *kept[0], norms = jitted(*kept[0])
+        return norms
+
+    return run
+
+
+def make_attention(model: Model, case: Case) -> Callable[[], Any]:
+    """Attention of one row in all layers, forward and backward, with nothing around it."""
+    c, layout = model.config, Layout(case.prompt, 2, case.completion)
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+    shapes = [(1, case.tokens, heads, c.head_dim) for heads in sizes]
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    ids = split_branches(jnp.ones((1, case.tokens), jnp.int32), layout)
+    context = BranchAttention(ids, layout, model.execution.attention, None)
+
+    @jax.jit
+    def gradient(q, k, v):
+        def total(q, k, v):
+            return jnp.sum(context.attend(q, k, v, None, None)[0])
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    def run():
+        for _ in range(c.num_layers * case.pairs):
+            found = gradient(q, k, v)
+        return found
+
+    return run
+
+
+def least_seconds(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """The least seconds of each run, one after the other, ``repeats`` times; the first is thrown
+    away."""
+    found: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            found[name].append(time.perf_counter() - start)
+    return {name: min(seconds[1:]) for name, seconds in found.items()}
+
+
+def measure(model: Model, cases: list[Case], repeats: int) -> dict[Case, Cost]:
+    """The cost of every case."""
+    runs: dict[Any, Callable[[], Any]] = {"optimizer": make_optimizer(model)}
+    for case in cases:
+        runs["step", case] = make_step(model, case)
+        runs["attention", case] = make_attention(model, case)
+    seconds = least_seconds(runs, repeats)
+    return {
+        case: Cost(seconds["step", case], seconds["optimizer"], seconds["attention", case])
+        for case in cases
+    }
+
+
+def draw(series: Mapping[str, dict[Case, Cost]], picture: Path) -> None:
+    """Microseconds a token over pairs and over tokens; the grey band is 10 % around the mean."""
+    with figure_style():
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        panels = figure.subplots(1, len(series), sharey=True)
+        for axes, (label, costs) in zip(panels, series.items(), strict=True):
+            places = [c.pairs if label.startswith("pairs") else c.tokens for c in costs]
+            whole, own = zip(*(cost.per_token(case) for case, cost in costs.items()), strict=True)
+            mean = sum(own) / len(own)
+            axes.axhspan(0.9 * mean, 1.1 * mean, color=FAINT_INK, alpha=0.2, lw=0)
+            axes.plot(places, own, "o-", color=COLOURS[0], label="without attention and optimizer")
+            axes.plot(places, whole, "s--", color=COLOURS[1], label="whole step")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(places, [f"{place:,}" for place in places])
+            axes.set_xlabel(label, color=INK)
+            axes.set_ylim(bottom=0)
+        panels[0].set_ylabel("microseconds a token")
+        panels[0].legend(loc="lower right")
+        picture.write_bytes(figure_to_png(figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--picture", type=Path, help="where to write a PNG")
+    options = parser.parse_args()
+    model = make_llama(options.hidden, options.layers, vocabulary=VOCABULARY, tied=True)
+    series = {
+        "pairs of 256 tokens, one at a time": [Case(pairs, 256) for pairs in options.pairs],
+        "tokens of one row": [Case(1, tokens) for tokens in options.tokens],
+    }
+    found = {label: measure(model, cases, options.repeats) for label, cases in series.items()}
+    print("| pairs | tokens a row | s a step | us a token | without attention and optimizer |")
+    print("|---|---|---|---|---|")
+    for costs in found.values():
+        for case, cost in costs.items():
+            whole, own = cost.per_token(case)
+            print(f"| {case.pairs} | {case.tokens} | {cost.step:.3f} | {whole:.0f} | {own:.0f} |")
+    for label, costs in found.items():
+        own = [cost.per_token(case)[1] for case, cost in costs.items()]
+        print(f"{label}: from {min(own):.0f} to {max(own):.0f} us, {max(own) / min(own):.2f}x")
+    if options.picture is not None:
+        draw(found, options.picture)
+        print(options.picture)
+
+
+if __name__ == "__main__":
+    main()
