@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from shared import make_full_logits_fn
 from step_sides import Shape, read_shapes
 
+from spo_jax.config.choices import bound_loss
 from spo_jax.config.validation import checked_config
 from spo_jax.objective import make_objective
 from spo_jax.parallel.mesh import make_mesh
@@ -39,7 +40,6 @@ from spo_jax.plan.compiled import (
 )
 from spo_jax.plan.counts import count
 from spo_jax.plan.estimate import roofline
-from spo_jax.training.stage import preference_loss
 
 ARCHITECTURES = Path(__file__).parents[1] / "configs" / "paper" / "architectures"
 GIB = 2**30
@@ -88,7 +88,7 @@ def compile_step(
     assembled = assemble(config, model, mesh, "preference", rows)
     if step.whole:
         objective = make_objective(
-            make_full_logits_fn(model), preference_loss(config), reference=step.reference
+            make_full_logits_fn(model), bound_loss(config.loss), reference=step.reference
         )
         assembled = assembled._replace(stage=assembled.stage._replace(objective=objective))
     compiled, text = compile_assembled(assembled)
