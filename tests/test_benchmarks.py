@@ -331,3 +331,22 @@ def test_padding_counts_what_is_laid_out(script):
     )
     assert plain.real == packed.real
     assert packed.laid_out < 0.8 * plain.laid_out
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_token_is_drawn(script, tmp_path, capsys):
+    picture = tmp_path / "cost.png"
+    words = "--pairs 1 2 --tokens 16 32 --hidden 64 --layers 1 --repeats 1"
+    script("linear_cost").main([*words.split(), "--picture", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    cases = [line.split(" | ")[:2] for line in lines if line.startswith("| 1") or line[2] == "2"]
+    assert [[c[0].strip("| "), c[1]] for c in cases] == [
+        ["1", "256"], ["2", "256"], ["1", "16"], ["1", "32"],
+    ]  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_the_tokens_own_is_taken_off(script):
+    linear_cost = script("linear_cost")
+    cost = linear_cost.Cost(step=1.0, weights=0.25, attention=0.5)
+    assert cost.per_token(linear_cost.Case(2, 1000)) == (500.0, 125.0)
