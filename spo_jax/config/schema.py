@@ -78,8 +78,8 @@ class DataConfig:
     completion_buckets: tuple[int, ...] | None = _key(None, "padded completion lengths")
     packing: Literal["auto"] | bool = _key(
         "auto",
-        "several examples in one row: true | false | auto (where it saves a fifth of the tokens "
-        "laid out; not with buckets given, nor for models with sliding windows)",
+        "several examples in one row: true | false | auto (where it saves a fifth of the work; "
+        "not with buckets given, nor for models with sliding windows)",
     )
     on_bad_row: Literal["error", "skip"] = _key("error", "what a row that cannot be used does")
     columns: dict[str, str] = _key({}, "our name of a column to the file's, {prompt: instruction}")

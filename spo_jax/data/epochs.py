@@ -66,8 +66,9 @@ class Evenly:
     seed, as many as tell what batches may need, and change nothing about which rows meet.
     """
 
-    def __init__(self, rows: TokenizedRows, *, batch_size: int, unit: int):
-        self.identity, self._batch_size, self._unit = "packed", batch_size, unit
+    def __init__(self, rows: TokenizedRows, *, batch_size: int, unit: int, attention_length: int):
+        self.identity, self._batch_size = "packed", batch_size
+        self._unit, self._attention_length = unit, attention_length
         self._lengths = lengths_of(rows)
 
     def deal(self, order: Int[np.ndarray, "K"], bits: np.random.PCG64) -> list[PlannedBatch]:
@@ -87,7 +88,13 @@ class Evenly:
             order = order[: count * self._batch_size]
             chance = random_shares(bits, len(order))
             tried.append(deal_evenly(self._lengths, order, chance, self._batch_size))
-        return choose_shapes(self._lengths, np.concatenate(tried), unit=self._unit, spare=SPARE)
+        return choose_shapes(
+            self._lengths,
+            np.concatenate(tried),
+            unit=self._unit,
+            attention_length=self._attention_length,
+            spare=SPARE,
+        )
 
 
 class EpochPlans:

@@ -22,7 +22,8 @@ from spo_jax.data.tokenize import TokenizedRows
 ATTENTION_LENGTH = 32768
 """A branch of this many tokens costs twice what its tokens cost alone, as attention grows with it.
 
-So it is with fused attention in a model of width 2700; narrower ones pay more for long rows.
+In a layer of width D a token costs about 24 D^2 operations in products and 2 D for each token of
+its branch: they are equal at a length of 12 D. This one is of a model of width 2730.
 """
 SPARE = 1 / 8
 """What the shape for batches that fit no other has more than the largest batch that was tried."""
@@ -40,10 +41,10 @@ class PackedShape(NamedTuple):
     prompt: int
     completion: int
 
-    def cost(self, branches: int) -> float:
+    def cost(self, branches: int, attention_length: int) -> float:
         """What a batch costs, in tokens of short rows: see ``ATTENTION_LENGTH``."""
         tokens = self.rows * (self.prompt + branches * self.completion)
-        return tokens * (1 + (self.prompt + self.completion) / ATTENTION_LENGTH)
+        return tokens * (1 + (self.prompt + self.completion) / attention_length)
 
 
 def lengths_of(rows: TokenizedRows) -> Int[np.ndarray, "N d"]:
@@ -156,6 +157,7 @@ def choose_shapes(
     batches: Int[np.ndarray, "M B"],
     *,
     unit: int,
+    attention_length: int = ATTENTION_LENGTH,
     spare: float = 0.0,
 ) -> list[PackedShape]:
     """Shapes, each with a multiple of ``unit`` rows, in which ``batches`` cost least.
@@ -174,12 +176,14 @@ def choose_shapes(
             for c in _candidates(completion):
                 shapes.append(PackedShape(rows, places, p, c))
                 covered.append((prompt <= p) & (completion <= c))
-    cost = np.array([shape.cost(branches) for shape in shapes])
+    cost = np.array([shape.cost(branches, attention_length) for shape in shapes])
     most = MOST_SHAPES - (spare > 0)
     found = [shapes[i] for i in choose_covering(cost, np.array(covered), most=most)]
     if spare:
         whole = [shape for shape, held in zip(shapes, covered, strict=True) if held.all()]
-        rows, places, prompt, completion = min(whole, key=lambda shape: shape.cost(branches))
+        rows, places, prompt, completion = min(
+            whole, key=lambda shape: shape.cost(branches, attention_length)
+        )
         wider = _rounded(np.ceil(np.array([prompt, completion]) * (1 + spare)))
         found.append(PackedShape(rows, places, *wider.tolist()))
     return found

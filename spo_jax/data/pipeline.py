@@ -19,7 +19,14 @@ from spo_jax.data.buckets import (
     plan_batches,
 )
 from spo_jax.data.epochs import ByLength, EpochPlans, Evenly
-from spo_jax.data.packing import choose_shapes, deal_evenly, lengths_of, plan_packed
+from spo_jax.data.packing import (
+    ATTENTION_LENGTH,
+    PackedShape,
+    choose_shapes,
+    deal_evenly,
+    lengths_of,
+    plan_packed,
+)
 from spo_jax.data.pairs import rows_to_batch
 from spo_jax.data.tokenize import TokenizedRows
 from spo_jax.types import CompletionBatch
@@ -27,7 +34,7 @@ from spo_jax.types import CompletionBatch
 _ENDLESS = 2**62
 
 WORTH_PACKING = 0.8
-"""``packing='auto'`` packs where it lays out at most this share of the tokens."""
+"""``packing='auto'`` packs where batches cost at most this share of what they cost else."""
 
 
 class BatchSource(Sequence):
@@ -78,15 +85,18 @@ class TrainIterator(Iterator[CompletionBatch]):
         self,
         plans: Callable[[bool], EpochPlans],
         source: Callable[[EpochPlans], BatchSource],
-        packing: bool | str,
+        packed: bool,
         options: grain.ReadOptions,
+        *,
+        may_change: bool,
     ):
-        """``plans(packed)`` are those of packed rows or of others."""
+        """``plans(packed)`` are those of packed rows or of others.
+
+        ``may_change``: a saved position says which.
+        """
         self._plans, self._source, self._options = plans, source, options
-        self._may_change = packing == "auto"
-        if packing == "auto":
-            packing = is_worth_packing(plans(True).report, plans(False).report)
-        self._open(bool(packing))
+        self._may_change = may_change
+        self._open(packed)
 
     def _open(self, packed: bool) -> None:
         plans = self._plans(packed)
@@ -129,9 +139,18 @@ class TrainIterator(Iterator[CompletionBatch]):
         self._iterator.close()
 
 
-def is_worth_packing(packed: PlanReport, plain: PlanReport) -> bool:
-    """Whether packed rows are enough fewer tokens to compute."""
-    return packed.tokens <= WORTH_PACKING * plain.tokens
+def is_worth_packing(
+    packed: PlanReport, plain: PlanReport, *, branches: int, attention_length: int
+) -> bool:
+    """Whether packed rows cost enough less, attention included."""
+
+    def cost(report: PlanReport) -> float:
+        return sum(
+            batches * PackedShape(rows, 1, prompt, completion).cost(branches, attention_length)
+            for (rows, prompt, completion), batches in report.batches_per_shape.items()
+        )
+
+    return cost(packed) <= WORTH_PACKING * cost(plain)
 
 
 def make_train_iterator(
@@ -143,6 +162,7 @@ def make_train_iterator(
     num_epochs: int | None,
     packing: bool | str = False,
     rows_unit: int = 1,
+    attention_length: int = ATTENTION_LENGTH,
     process_index: int = 0,
     process_count: int = 1,
     reference_logprobs: Float[np.ndarray, "N n"] | None = None,
@@ -157,8 +177,9 @@ def make_train_iterator(
 
     With ``packing`` the ``batch_size`` rows of a batch share fewer packed ones, a multiple of
     ``rows_unit``: what a mesh and micro-batches cut a batch into. Then rows of all lengths meet
-    in a batch, else rows of like length. ``auto`` packs where that lays out at most
-    ``WORTH_PACKING`` of the tokens.
+    in a batch, else rows of like length. ``auto`` packs where batches then cost at
+    most ``WORTH_PACKING`` of what they cost else. In long rows attention costs more:
+    ``attention_length`` is that of the model, see ``packing.ATTENTION_LENGTH``.
 
     Raises ``ValueError`` when the batch does not divide over the processes, the data do not
     fill one batch, or a row is longer than every bucket.
@@ -174,7 +195,9 @@ def make_train_iterator(
     @functools.cache
     def plans(packed: bool) -> EpochPlans:
         if packed:
-            dealer = Evenly(rows, batch_size=batch_size, unit=rows_unit)
+            dealer = Evenly(
+                rows, batch_size=batch_size, unit=rows_unit, attention_length=attention_length
+            )
         else:
             dealer = ByLength(rows, batch_size=batch_size, buckets=buckets)
         return EpochPlans(rows, dealer, batch_size=batch_size, seed=seed)
@@ -186,7 +209,16 @@ def make_train_iterator(
         )
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=read_ahead)
-    return TrainIterator(plans, source, packing, options)
+    packed = packing is True or (
+        packing == "auto"
+        and is_worth_packing(
+            plans(True).report,
+            plans(False).report,
+            branches=rows.num_completions,
+            attention_length=attention_length,
+        )
+    )
+    return TrainIterator(plans, source, packed, options, may_change=packing == "auto")
 
 
 def eval_batches(
@@ -196,14 +228,16 @@ def eval_batches(
     buckets: LengthBuckets,
     packing: bool | str = False,
     rows_unit: int = 1,
+    attention_length: int = ATTENTION_LENGTH,
     process_index: int = 0,
     process_count: int = 1,
     reference_logprobs: Float[np.ndarray, "N n"] | None = None,
 ) -> BatchSource:
     """Every row exactly once in a fixed order; fillers complete the last batch.
 
-    ``packing`` and ``rows_unit`` are those of ``make_train_iterator``; without packing the order
-    is by shape. The result has a length and can be iterated again and again.
+    ``packing``, ``rows_unit`` and ``attention_length`` are those of ``make_train_iterator``;
+    without packing the order is by shape. The result has a length and can be iterated again and
+    again.
 
     Raises ``ValueError`` when the batch does not divide over the processes, or a row is longer
     than every bucket.
@@ -217,10 +251,16 @@ def eval_batches(
     if packing:
         lengths = lengths_of(rows)
         batches = deal_evenly(lengths, order, np.zeros(len(rows)), batch_size)
-        packed = plan_packed(lengths, batches, choose_shapes(lengths, batches, unit=rows_unit))
+        shapes = choose_shapes(lengths, batches, unit=rows_unit, attention_length=attention_length)
+        packed = plan_packed(lengths, batches, shapes)
     if plan is None or (
         packed is not None
-        and is_worth_packing(describe_plan(rows, packed), describe_plan(rows, plan))
+        and is_worth_packing(
+            describe_plan(rows, packed),
+            describe_plan(rows, plan),
+            branches=rows.num_completions,
+            attention_length=attention_length,
+        )
     ):
         plan = packed
     return BatchSource(

@@ -134,6 +134,7 @@ def evaluate_model(
             batch_size=size,
             buckets=rows.buckets,
             packing=rows.packing,
+            attention_length=rows.attention_length,
             rows_unit=batch_shards(mesh),
         )
         logprobs = make_logprobs_fn(policy.model)

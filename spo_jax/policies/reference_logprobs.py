@@ -49,6 +49,7 @@ def make_reference_logprobs(
                 batch_size=round_up(batch_size, batch_shards(mesh)),
                 buckets=data.buckets,
                 packing=data.packing,
+                attention_length=data.attention_length,
                 rows_unit=batch_shards(mesh),
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),

@@ -17,6 +17,7 @@ from spo_jax.data import (
     make_chat_format,
 )
 from spo_jax.data.chat import template_text
+from spo_jax.data.packing import ATTENTION_LENGTH
 from spo_jax.data.shares import Prepared, Recipe
 from spo_jax.models import DecoderConfig
 from spo_jax.parallel.processes import say
@@ -39,13 +40,14 @@ def task_problems(task: TaskConfig, seed: int):
 class Rows(NamedTuple):
     """Tokenized rows for training and for evaluation, with the buckets both are padded to.
 
-    ``packing`` is that of ``data.make_train_iterator``.
+    ``packing`` and ``attention_length`` are those of ``data.make_train_iterator``.
     """
 
     train: TokenizedRows
     heldout: TokenizedRows | None
     buckets: LengthBuckets
     packing: bool | str = False
+    attention_length: int = ATTENTION_LENGTH
 
 
 def read_rows(
@@ -127,10 +129,11 @@ def prepare_rows(
 
 
 def packed_for(rows: Rows, config: DecoderConfig) -> Rows:
-    """``rows`` for a model: ``auto`` packs none for one with sliding windows.
+    """``rows`` for a model: what attention costs it, and ``auto`` packs none for sliding windows.
 
     Kernels skip what lies outside of a window by its place in a row, which packing changes.
     """
+    rows = rows._replace(attention_length=12 * config.hidden_size)
     windows = config.shared_window is not None or config.layer_windows is not None
     return rows._replace(packing=False) if windows and rows.packing == "auto" else rows
 

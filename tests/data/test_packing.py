@@ -116,6 +116,8 @@ def test_auto_packs_where_it_saves_and_goes_on_as_the_run_began():
     assert iterator(packing="auto").get_state()["packed"]
     like = make_rows([([1] * 8, [[2] * 16, [4] * 16])] * 40)
     assert "packed" not in iterator(like, 8, "auto").get_state()
+    # For a narrow model attention over long rows costs more than padding.
+    assert "packed" not in iterator(packing="auto", attention_length=100).get_state()
     # On a mesh that leaves nothing to pack.
     assert "packed" not in iterator(packing="auto", rows_unit=16).get_state()
     for saved in (iterator(), iterator(packing=False)):

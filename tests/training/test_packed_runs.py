@@ -37,7 +37,7 @@ def config_of(data, folder, *, steps=4, packing="auto", **keys):
             "stages": ["preference"],
             "model": {
                 "tokenizer": "builtin:arithmetic",
-                "init": {**ARCHITECTURE, "max_position_embeddings": 256},
+                "init": {**ARCHITECTURE, "hidden_size": 64, "max_position_embeddings": 256},
             },
             "data": {"train": str(data), "eval_fraction": 0.25, "packing": packing},
             "outer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0},
