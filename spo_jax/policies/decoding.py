@@ -183,6 +183,13 @@ class _Dropped(NamedTuple):
     places: Int[Array, "groups n"]
 
 
+def _first_largest(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """``argmax`` in two passes: into one, a CPU draws the noise number by number."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == largest, places, x.shape[-1]), axis=-1)
+
+
 def _choose(logits, step, draw: _Draw, top_k: int | None, mesh: Mesh | None) -> Int[Array, "B"]:
     # A NaN or an infinity comes through the largest; argmax alone would make a token of it.
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
@@ -193,10 +200,8 @@ def _choose(logits, step, draw: _Draw, top_k: int | None, mesh: Mesh | None) -> 
     noise = jax.vmap(
         lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:], logits.dtype)
     )(draw.keys)
-    if platform(mesh) == "cpu":
-        # Else it is computed inside the argmax, number by number.
-        noise = jax.lax.optimization_barrier(noise)
-    drawn = jnp.argmax(noise + logits, axis=-1)
+    noisy = noise + logits
+    drawn = _first_largest(noisy) if platform(mesh) == "cpu" else jnp.argmax(noisy, axis=-1)
     return jnp.where(finite, drawn, NOT_FINITE).astype(jnp.int32)
 
 

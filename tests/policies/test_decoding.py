@@ -125,6 +125,11 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(load):
     np.testing.assert_array_equal(cold, greedy(model, params, tokens, mask))
 
 
+def test_of_equal_ones_the_first_is_the_largest():
+    x = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, -jnp.inf], [-jnp.inf, -5.0, -jnp.inf]])
+    assert decoding._first_largest(x).tolist() == jnp.argmax(x, axis=-1).tolist() == [1, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["cpu", "tpu"])
 def test_a_token_is_that_of_jax_random_categorical(name, monkeypatch):
     monkeypatch.setattr(decoding, "platform", lambda mesh: name)
