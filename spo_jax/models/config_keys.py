@@ -221,10 +221,13 @@ _HANDLED = {"architectures", "layer_types", "quantization_config", "auto_map"}
 
 
 def _says_nothing(model_type: str, key: str, value: Any) -> bool:
-    """Whether ``transformers`` has the key at this value by default, or it is null or false."""
+    """Whether ``transformers`` has the key at this value by default, or it is null or false.
+
+    Nor does a key that begins with an underscore: a note of whoever wrote the file.
+    """
     if key in _ONLY:
         return False
-    if value is None or value is False:
+    if value is None or value is False or key.startswith("_"):
         return True
     from transformers import AutoConfig
 

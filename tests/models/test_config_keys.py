@@ -62,6 +62,7 @@ def test_absent_keys_are_what_transformers_takes(model_type):
         {"layer_types": ["full_attention"] * 3},
         {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}},
         {"max_sequence_length": 64, "_name_or_path": "x", "unsloth_version": "2025.1"},
+        {"_model_name_or_path": "some checkpoint", "_made_by": {"step": 3}},
     ],
 )
 def test_what_changes_nothing_is_read_past(harmless):
