@@ -30,7 +30,8 @@ _PUBLIC = {
     "spo_jax.solvers": (
         "SOLVERS Levels Solver SolverState make_levels make_solver make_penalty "
         "make_preference_only make_inner_only make_primal_dual make_dynamic_barrier "
-        "make_alternating make_unrolled make_unrolled_first_order make_optimizer make_schedule"
+        "make_projected make_random_level make_max_level make_alternating make_unrolled "
+        "make_unrolled_first_order make_optimizer make_schedule"
     ),
     "spo_jax.objective": (
         "token_logprobs token_spread predictor_states scored_mask make_objective "

@@ -12,7 +12,9 @@ from spo_jax.solvers.alternating import make_alternating
 from spo_jax.solvers.base import Levels, Solver, SolverState, make_levels
 from spo_jax.solvers.dynamic_barrier import INSIDE, make_dynamic_barrier
 from spo_jax.solvers.inner_only import make_inner_only
+from spo_jax.solvers.max_level import make_max_level
 from spo_jax.solvers.movement import all_finite, movable_share, moved_share
+from spo_jax.solvers.one_level import INNER, OUTER
 from spo_jax.solvers.optimizers import (
     make_optimizer,
     make_schedule,
@@ -22,11 +24,15 @@ from spo_jax.solvers.optimizers import (
 from spo_jax.solvers.penalty import PENALTIES, WEIGHT_SCHEDULES, make_penalty
 from spo_jax.solvers.preference_only import make_preference_only
 from spo_jax.solvers.primal_dual import FORMS, make_primal_dual
+from spo_jax.solvers.projected import make_projected
+from spo_jax.solvers.random_level import make_random_level
 from spo_jax.solvers.unrolled import make_unrolled, make_unrolled_first_order
 
 __all__ = [
     "FORMS",
+    "INNER",
     "INSIDE",
+    "OUTER",
     "PENALTIES",
     "SOLVERS",
     "SUPPLIED",
@@ -39,10 +45,13 @@ __all__ = [
     "make_dynamic_barrier",
     "make_inner_only",
     "make_levels",
+    "make_max_level",
     "make_optimizer",
     "make_penalty",
     "make_preference_only",
     "make_primal_dual",
+    "make_projected",
+    "make_random_level",
     "make_schedule",
     "make_solver",
     "make_unrolled",
@@ -58,6 +67,9 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "penalty": make_penalty,
     "primal_dual": make_primal_dual,
     "dynamic_barrier": make_dynamic_barrier,
+    "projected": make_projected,
+    "random_level": make_random_level,
+    "max_level": make_max_level,
     "alternating": make_alternating,
     "unrolled": make_unrolled,
     "unrolled_first_order": make_unrolled_first_order,

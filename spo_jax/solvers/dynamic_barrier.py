@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from spo_jax.solvers.base import Solver, SolverState, apply_gradients, inner_product
+from spo_jax.solvers.base import Solver
+from spo_jax.solvers.two_gradients import TINY, make_two_gradients
 
 INSIDE = ("free", "hold")
-TINY = 1e-12
-"""Added to ``|grad g|^2``: at the minimum of the inner problem the weight is 0, not NaN."""
 
 
 def barrier_weight(
@@ -69,30 +67,15 @@ def make_dynamic_barrier(
     if inside not in INSIDE:
         raise ValueError(f"inside={inside!r}: choose one of {', '.join(INSIDE)}")
 
-    def init(params):
-        return SolverState(params, outer.init(params))
-
-    def update(state, batch, levels):
-        ((_, gap), aux), (outer_grads, inner_grads) = levels.gradients(state.params, batch)
-        product = inner_product(outer_grads, inner_grads)
-        inner_norm2 = inner_product(inner_grads, inner_grads)
-        weight = barrier_weight(
+    def weight_of(gap, product, inner_norm2):
+        return barrier_weight(
             gap, product, inner_norm2, strength=strength, tolerance=tolerance, inside=inside
         )
-        grads = jax.tree.map(
-            lambda f, g: (f + weight * g).astype(f.dtype), outer_grads, inner_grads
-        )
-        params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
-        moved = jax.tree.map(jnp.subtract, params, state.params)
-        outer_norm2 = inner_product(outer_grads, outer_grads)
-        metrics |= {
-            "barrier_weight": weight,
-            "penalty_weight": weight,
-            "gradient_inner_product": product,
-            "gradient_cosine": product / (jnp.sqrt(outer_norm2 * inner_norm2) + TINY),
-            "inner_grad_norm": jnp.sqrt(inner_norm2),
-            "inner_change": inner_product(moved, inner_grads),
-        }
-        return SolverState(params, outer_state), (aux, metrics)
 
-    return Solver(init, update)
+    solver = make_two_gradients(outer, weight_of)
+
+    def update(state, batch, levels):
+        state, (aux, metrics) = solver.update(state, batch, levels)
+        return state, (aux, metrics | {"barrier_weight": metrics["penalty_weight"]})
+
+    return Solver(solver.init, update)

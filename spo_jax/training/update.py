@@ -11,7 +11,7 @@ import optax
 
 from spo_jax.objective.levels import Objective
 from spo_jax.parallel.mesh import tree_shardings
-from spo_jax.solvers import Solver, all_finite
+from spo_jax.solvers import INNER, OUTER, Solver, all_finite
 from spo_jax.types import BilevelBatch, Params, TrainState
 
 
@@ -55,6 +55,9 @@ def make_train_step(
 _DECIDING = ("loss", "inner_loss", "grad_norm", "inner_grad_norm")
 """Metrics that an update needs finite, where they are there: a broken one breaks the state."""
 
+_LEVEL_OF = {"loss": OUTER, "inner_loss": INNER}
+"""Of solvers that take one ``level`` an update: only that level's value is there to decide."""
+
 
 def _unbounded(solver_state: Any) -> list[Any]:
     """What finite norms do not bound: numbers of the solver's own, and weights of float16.
@@ -66,8 +69,11 @@ def _unbounded(solver_state: Any) -> list[Any]:
 
 
 def _is_finite(metrics: Mapping[str, Any]) -> Any:
-    found = [jnp.isfinite(metrics[name]) for name in _DECIDING if name in metrics]
-    return jnp.all(jnp.stack(found))
+    found = {name: jnp.isfinite(metrics[name]) for name in _DECIDING if name in metrics}
+    if "level" in metrics:
+        for name in found.keys() & _LEVEL_OF.keys():
+            found[name] |= metrics["level"] != _LEVEL_OF[name]
+    return jnp.all(jnp.stack(list(found.values())))
 
 
 def _in_order(fine: Any, metrics: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from spo_jax.solvers import (
     make_penalty,
     make_preference_only,
     make_primal_dual,
+    make_projected,
     make_unrolled,
     make_unrolled_first_order,
 )
@@ -209,6 +210,33 @@ def test_a_holding_barrier_stays_inside_and_never_rises(name):
     state, metrics = run(problem, solver, 4000)
     assert problem.gap(state.params) < TOLERANCE
     assert np.asarray(metrics["inner_change"]).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_projected_finds_the_valleys_best_without_a_weight(name):
+    """Where steps shrink: at the valley ``grad g`` is short, and its direction all that is held."""
+    assert_ends(name, make_projected(outer=decaying(0.1)), 8000, PROBLEMS[name].valley, 0.02)
+
+
+def test_projected_at_constant_rates_circles_the_valley_of_a_convex_problem():
+    """A limit of the method: a step along the level set is as long as ``grad F`` however near."""
+    problem, misses = PROBLEMS["quadratic"], {}
+    for rate in (0.1, 0.01):
+        state, metrics = run(problem, make_projected(outer=optax.sgd(rate)), 4000)
+        assert np.asarray(metrics["update_norm"])[-500:].mean() > 0.1 * rate
+        misses[rate] = np.linalg.norm(problem.answer(state.params) - problem.valley)
+    assert misses[0.1] > 3 * misses[0.01] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["plane", "circle"])
+def test_projected_of_strength_zero_stays_on_its_level_set(name):
+    """And ends at the best point of it: the gradients are parallel there."""
+    problem = PROBLEMS[name]
+    solver = make_projected(outer=optax.sgd(0.003), strength=0.0)
+    state, metrics = run(problem, solver, 4000)
+    np.testing.assert_allclose(problem.gap(state.params), problem.gap(problem.start), rtol=0.02)
+    assert np.abs(np.asarray(metrics["inner_change"])).max() < 1e-6
+    assert abs(abs(float(metrics["gradient_cosine"][-1])) - 1) < 1e-3
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,6 +13,8 @@ from spo_jax.losses import LOSSES, make_preference_loss
 from spo_jax.objective.levels import completion_logprobs, make_objective
 from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
 from spo_jax.solvers import (
+    INNER,
+    OUTER,
     SOLVERS,
     make_alternating,
     make_dynamic_barrier,
@@ -33,6 +35,8 @@ OPTIONS = {
     "penalty, growing": {"weight_schedule": "geometric", "initial_weight": 0.1},
     "primal_dual": {"multiplier_init": 1.0, "tolerance": -0.1},
     "primal_dual, lagrangian": {"form": "lagrangian", "proportional_gain": 2.0},
+    "random_level": {"seed": 1},
+    "max_level": {"outer_optimum": 10.0, "measure_every": 3},
     "dynamic_barrier": {"tolerance": -5.0},
     "alternating": {"inner_steps": 2},
     "unrolled": {"inner_steps": 2},
@@ -80,6 +84,14 @@ def relative_difference(left, right):
     return float(optax.tree.norm(difference) / optax.tree.norm(left))
 
 
+def check_finite(state, metrics):
+    """All of it; of a solver that takes one level an update, what that level has."""
+    if "level" in metrics:
+        own = ("loss", "rewards/margins") if metrics["level"] == OUTER else ("inner_loss", "gap")
+        metrics = {k: metrics[k] for k in (*own, "level", "grad_norm", "update_norm")}
+    assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
+
+
 def every_two():
     """The paper's losses with every solver, and each of them with both kinds of inner data.
 
@@ -111,7 +123,7 @@ def test_any_loss_works_with_any_solver(loss, name, inner_data):
     if name != "inner_only":
         needed |= {"loss", "rewards/margins", "rewards/accuracies"}
     assert set(metrics) >= needed
-    assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
+    check_finite(state, metrics)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -127,7 +139,7 @@ def test_every_solver_trains_the_decoder(name):
         batch = batch_of(inner_data, seed, rows=4, prompt=4, completion=4)
         state, metrics = step(state, batch)
     assert relative_difference(params, state.solver.params) > 1e-3
-    assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves((state, metrics)))
+    check_finite(state, metrics)
 
 
 @pytest.mark.wide
@@ -169,6 +181,25 @@ def test_alphadpo_statistics_and_running_minimum_move_once_an_update(name, inner
     tokens = float(jnp.sum(rows.completion_mask[:, 0]))
     np.testing.assert_allclose(metrics["inner_loss"], -sums.sum() / tokens, rtol=1e-5)
     np.testing.assert_allclose(running.minimum, metrics["inner_loss"], rtol=1e-5)
+
+
+def test_a_drawn_level_leaves_the_other_ones_statistics_alone():
+    """And computes that level alone: the other's rows may be anything."""
+    init, step = make_step("random_level", "alphadpo", "sft", inner_value="running_min")
+    step, state, seen = jax.jit(step), init(PARAMS, KEY), []
+    for _ in range(2):
+        before = state.objective
+        state, metrics = step(state, batch_of("sft"))
+        seen.append(int(metrics["level"]))
+        moved = (
+            state.objective.statistics.weight != before.statistics.weight,
+            state.objective.inner_value.weight != before.inner_value.weight,
+        )
+        assert moved == ((True, False) if seen[-1] == OUTER else (False, True))
+        assert np.isfinite(metrics["loss"]) == (seen[-1] == OUTER)
+        assert np.isfinite(metrics["inner_loss"]) == (seen[-1] == INNER)
+        assert not metrics["skipped"]
+    assert seen == [INNER, OUTER]
 
 
 @pytest.mark.parametrize("make", [make_alternating, make_unrolled, make_unrolled_first_order])
