@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -243,7 +244,7 @@ def _traffic(module: Module, visit: Visit) -> int:
         ends = instruction.arrays[:2]
         return min(a.bytes for a in ends) * sum(a.memory == 0 for a in ends)
     if opcode == "fusion" and len(called(instruction)) == 1:
-        return _fusion_traffic(module.computations[called(instruction)[0]], instruction)
+        return _fusion_traffic(module, instruction)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(instruction.arrays)
     if opcode == "dynamic-update-slice":
@@ -259,26 +260,13 @@ def _main(arrays) -> int:
     return sum(a.bytes for a in arrays if a.memory == 0)
 
 
-def _fusion_traffic(inside: Computation, fusion: Instruction) -> int:
-    users: dict[str, list[tuple[Instruction, int]]] = {}
-    for user in inside.instructions.values():
-        if user.opcode not in ("constant", "parameter"):
-            for place, name in enumerate(user.operands):
-                users.setdefault(name, []).append((user, place))
-
-    def uses(name):
-        """Users of a value, behind changes of layout."""
-        for user, place in users.get(name, ()):
-            if user.opcode == "bitcast":
-                yield from uses(user.name)
-            else:
-                yield user, place
-
+def _fusion_traffic(module: Module, fusion: Instruction) -> int:
+    inside = module.computations[called(fusion)[0]]
     total = 0
     for parameter in inside.instructions.values():
         if parameter.opcode != "parameter" or parameter.arrays[0].memory:
             continue
-        found = list(uses(parameter.name))
+        found = list(_uses(module, inside, parameter.name))
         if all(_reads_part(user, place) for user, place in found):
             total += sum(u.arrays[0].bytes for u, _ in found if u.opcode != "dynamic-update-slice")
         else:
@@ -291,6 +279,28 @@ def _fusion_traffic(inside: Computation, fusion: Instruction) -> int:
         updated = part.opcode == "dynamic-update-slice"
         total += inside.instructions[part.operands[1]].arrays[0].bytes if updated else array.bytes
     return total
+
+
+def _uses(module: Module, inside: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
+    """Users of a value and where they take it, behind changes of layout and in fusions inside."""
+    for user in inside.instructions.values():
+        if user.opcode in ("constant", "parameter"):
+            continue
+        for place, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.opcode == "bitcast":
+                yield from _uses(module, inside, user.name)
+            elif user.opcode == "fusion":
+                within = module.computations[called(user)[0]]
+                handed = next(
+                    x.name
+                    for x in within.instructions.values()
+                    if x.opcode == "parameter" and int(x.operands[0]) == place
+                )
+                yield from _uses(module, within, handed)
+            else:
+                yield user, place
 
 
 def _reads_part(user: Instruction, place: int) -> bool:

@@ -268,6 +268,40 @@ def test_memory_traffic_leaves_out_fast_memory_and_counts_slices():
     assert memory_traffic(read_module(TPU)) == expected
 
 
+def test_a_slice_taken_in_a_fusion_within_a_fusion_is_no_whole_array():
+    text = """\
+HloModule jit_step
+
+%layer (i: s32[], stack: bf16[24,8,4]) -> bf16[8,4] {
+  %stack = bf16[24,8,4]{2,1,0} parameter(1)
+  %i = s32[] parameter(0)
+  %zero = s32[] constant(0)
+  %own = bf16[1,8,4]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = bf16[8,4]{1,0} bitcast(%own)
+}
+
+%product (x: bf16[2,8], all: bf16[24,8,4], at: s32[]) -> bf16[2,4] {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %at = s32[] parameter(2)
+  %all = bf16[24,8,4]{2,1,0} parameter(1)
+  %weights = bf16[8,4]{1,0} fusion(%at, %all), kind=kLoop, calls=%layer
+  ROOT %out = bf16[2,4]{1,0} convolution(%x, %weights), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[2,8], all: bf16[24,8,4], at: s32[]) -> bf16[2,4] {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %all = bf16[24,8,4]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %result = bf16[2,4]{1,0} fusion(%x, %all, %at), kind=kOutput, calls=%product
+}
+"""
+    index = 4
+    assert memory_traffic(read_module(text)) == 2 * (2 * 8 + 8 * 4 + 2 * 4) + index
+    used_whole = text.replace("%stack, %i, %zero, %zero), dynamic", "%stack), dynamic")
+    used_whole = used_whole.replace("dynamic-slice(", "negate(")
+    assert memory_traffic(read_module(used_whole)) == 2 * (2 * 8 + 24 * 8 * 4 + 2 * 4)
+
+
 def test_arrays_of_odd_dtypes():
     assert Array("pred", (3, 5)).bytes == 15
     assert Array("s4", (8,)).bytes == 4
