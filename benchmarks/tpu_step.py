@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--pairs", type=int, default=2, help="of all chips together")
     add("--steps", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
     add("--architecture", type=Path, default=ARCHITECTURES / "qwen2.5-0.5b.json", metavar="FILE")
-    add("--remat", default="full", help="none | full | dots | dots_no_batch")
+    add("--remat", default="full", help="none | elementwise | dots | dots_no_batch | full")
     add("--json", type=Path, metavar="FILE", help="all numbers, too")
     options = parser.parse_args(arguments)
     shapes = read_shapes(parser, options.shape, options.pairs)
