@@ -230,7 +230,7 @@ def mesh_of(platform):
 @pytest.fixture
 def bare(monkeypatch):
     """Kernels as they are chosen, before they get a second derivative."""
-    monkeypatch.setattr(attention, "with_second_derivative", lambda kernel, plain: kernel)
+    monkeypatch.setattr(attention, "with_second_derivative", lambda kernel, *_: kernel)
 
 
 def interpreted(kernel):
