@@ -86,6 +86,7 @@ SIDES = {
     "ours": Side("ours", {}),
     "ours + penalty": Side("ours", {"solver": "penalty"}, False),
     "ours online": Side("ours", {"reference": "online"}),
+    "ours kept": Side("ours", {"remat": "none"}),
     "ours dots_no_batch": Side("ours", {"remat": "dots_no_batch"}),
     "ours full": Side("ours", {"remat": "full"}),
     "ours chunk 512": Side("ours", {"chunk_tokens": 512}),

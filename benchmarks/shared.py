@@ -11,7 +11,7 @@ from spo_jax import CompletionBatch, Execution, Model, init_model
 
 
 def make_llama(
-    hidden: int, layers: int, *, vocabulary: int, tied: bool, remat: str = "none"
+    hidden: int, layers: int, *, vocabulary: int, tied: bool, remat: str = "elementwise"
 ) -> Model:
     """The model of ``llama_config``."""
     config = llama_config(hidden, layers, vocabulary, tied=tied)

@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--remat", default="none", help="none | full | dots | dots_no_batch")
+    parser.add_argument(
+        "--remat", default="elementwise", help="none | elementwise | dots | dots_no_batch | full"
+    )
     parser.add_argument("--only", nargs="*", help="solvers beside preference_only")
     options = parser.parse_args()
     model = make_llama(
