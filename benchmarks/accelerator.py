@@ -98,7 +98,7 @@ SIDES = {
     "TRL online": Side("trl", {"config": {"gradient_checkpointing": False}}),
     "TRL flash": Side("trl", {"config": _TRL_BEST, "attention": "flash_attention_2"}),
 }
-"""``ours`` and ``TRL`` have the reference computed ahead and recompute nothing.
+"""``ours`` and ``TRL`` have the reference computed ahead and compute no product again.
 
 ``ours sequences`` is our model in the usual step: two sequences a pair, all logits at once.
 """
