@@ -8,11 +8,12 @@ its arrays, so that one which was damaged later is known, named and passed over.
 
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint
 from spo_jax.checkpoints.frozen import REFERENCE, load_reference, save_reference
-from spo_jax.checkpoints.reading import CheckpointReader
+from spo_jax.checkpoints.reading import STEPS, CheckpointReader
 from spo_jax.checkpoints.writing import Checkpoints, tree_bytes
 
 __all__ = [
     "REFERENCE",
+    "STEPS",
     "CheckpointError",
     "CheckpointReader",
     "Checkpoints",

@@ -18,6 +18,9 @@ from spo_jax.types import Params
 
 Found = TypeVar("Found")
 
+STEPS = "checkpoints"
+"""Inside a run: a folder a step."""
+
 LEAVES = "leaves"
 """In a step's ``run``: each array's dtype, shape and checksums, by its path."""
 
@@ -72,7 +75,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
-        self.steps_folder = self.folder / "checkpoints"
+        self.steps_folder = self.folder / STEPS
 
     def steps(self) -> list[int]:
         """The complete steps that are kept, in order."""

@@ -18,6 +18,7 @@ from spo_jax.config.schema import (
     ObjectiveConfig,
     OptimizerConfig,
     TaskConfig,
+    TextsConfig,
 )
 
 Range: TypeAlias = tuple[str, Callable[[Any], bool]]
@@ -48,6 +49,12 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "max_grad_norm": _POSITIVE,
         "options.b1": _DECAY,
         "options.b2": _DECAY,
+    },
+    TextsConfig: {
+        "max_rows": _COUNT,
+        "max_prompt_length": _COUNT,
+        "max_completion_length": _COUNT,
+        "batch_size": _COUNT,
     },
     MeshConfig: {"data": _AXIS, "fsdp": _AXIS, "tensor": _AXIS},
     TaskConfig: {

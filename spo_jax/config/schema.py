@@ -209,6 +209,21 @@ class AnswersConfig:
 
 
 @dataclass(frozen=True)
+class TextsConfig:
+    """Texts that nothing is trained on: their token-mean loss at the end of every stage."""
+
+    data: dict[str, str] = _key(
+        {}, "{NAME: file, folder or hub name}: SFT rows, or pairs (their chosen)"
+    )
+    split: str = _key("train", "split of a hub data set")
+    max_rows: int | None = _key(None, "use only the first rows of each")
+    max_prompt_length: int = _key(1024, "tokens; longer prompts are cut from the left")
+    max_completion_length: int = _key(1024, "tokens, EOS included; longer ones lose their end")
+    batch_size: int = _key(8, "rows at once")
+    chat_template: str | None = _key(None, "Jinja template, or its file, over the tokenizer's own")
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """The built-in arithmetic task (data.train: builtin:arithmetic)."""
 
@@ -268,6 +283,7 @@ class Config:
     sft: LoopConfig = field(default_factory=LoopConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)
+    texts: TextsConfig = field(default_factory=TextsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
 

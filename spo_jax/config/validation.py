@@ -82,6 +82,8 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["dynamics"] = "no stage is preference"
     elif config.dynamics.every is None:
         unused["dynamics"] = "dynamics.every is not set, so nothing is probed"
+    if not config.texts.data:
+        unused["texts"] = "texts.data names no file, so nothing is measured"
     builtin = (config.data.train, config.sft_data.train, config.answers.data)
     if BUILTIN_TASK not in builtin:
         unused["task"] = f"no data set is {BUILTIN_TASK}"

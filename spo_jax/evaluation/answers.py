@@ -96,9 +96,9 @@ def take_exam(
     """Answer greedily and grade; shares of all problems, and their number.
 
     ``accuracy`` is that of the task's main grader, ``accuracy_NAME`` that of each other one;
-    ``unanswered`` outputs have no answer, ``cut_off`` ones no end. ``folder`` receives the
-    answers with their verdicts, from the first process. ``check()`` is called behind each batch
-    of answers, and may raise.
+    ``unanswered`` outputs have no answer, ``cut_off`` ones no end; ``answer_tokens`` is their
+    mean length. ``folder`` receives the answers with their verdicts, from the first process.
+    ``check()`` is called behind each batch of answers, and may raise.
     """
     lines = answer(exam, policy, check)
     if folder is not None and is_first():
@@ -135,6 +135,7 @@ def grade_answers(
             **{name: grader(prompt, answer, completion.text) for name, grader in graders.items()},
             "answered": answered(completion.text),
             "finished": completion.finished,
+            "tokens": len(completion.ids),
         }
         for (prompt, answer), completion in zip(problems, found, strict=True)
     ]
@@ -152,5 +153,6 @@ def shares(task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         **{f"accuracy_{name}": share(name) for name in others},
         "unanswered": 1 - share("answered"),
         "cut_off": 1 - share("finished"),
+        "answer_tokens": sum(line["tokens"] for line in lines) / len(lines),
         "problems": float(len(lines)),
     }

@@ -14,7 +14,7 @@ from spo_jax.objective.levels import Denominators, LogprobsFn, Objective, Terms
 from spo_jax.objective.logprobs import scored_mask
 from spo_jax.objective.packed_rows import sum_by_example
 from spo_jax.objective.terms import example_ids
-from spo_jax.parallel.processes import gathered
+from spo_jax.parallel.processes import everywhere, gathered
 from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 
@@ -60,7 +60,15 @@ def row_logprobs(
     batches: Iterable[CompletionBatch],
     place: Callable[[Any], Any],
 ) -> dict[str, np.ndarray]:
-    """Per row: ``logprobs`` and ``lengths`` ``[N, n]`` (nats, scored tokens), in row order.
+    """``make_row_logprobs``, for one set of rows."""
+    return make_row_logprobs(logprobs)(params, batches, place)
+
+
+def make_row_logprobs(logprobs: LogprobsFn) -> Callable[..., dict[str, np.ndarray]]:
+    """``(params, batches, place, check) -> {logprobs, lengths}``, in the order of the rows.
+
+    Both are ``[N, n]``: nats and scored tokens. A shape is compiled once for all sets of rows.
+    ``check()`` is called before each batch, and may raise.
 
     Raises:
         ValueError: a log-prob that is not finite; no figure is made of it.
@@ -73,7 +81,18 @@ def row_logprobs(
         sums, lengths = (sum_by_example(x, batch.segments) for x in (scored, mask))
         return example_ids(batch), sums, lengths
 
-    found = [jax.device_get(compute(params, place(batch))) for batch in batches]
+    def run(params, batches, place, check=lambda: None) -> dict[str, np.ndarray]:
+        found = []
+        for batch in batches:
+            check()
+            found.append(jax.tree.map(everywhere, compute(params, place(batch))))
+        return _by_row(found)
+
+    return run
+
+
+def _by_row(found: Sequence[tuple[np.ndarray, ...]]) -> dict[str, np.ndarray]:
+    """What was found batch by batch, in the order of the rows and without padding."""
     ids, sums, lengths = (np.concatenate(x) for x in zip(*found, strict=True))
     order = np.argsort(ids, kind="stable")[(ids < 0).sum() :]
     sums, ids = sums[order], ids[order]

@@ -37,7 +37,8 @@ class StudyConfig:
     ``variants`` (with ``baseline`` among them) and ``controls`` are keys laid over ``run``; a
     control is run once, not with every loss. A variant's ``sweep`` maps dotted keys to lists of
     values: one run for each combination; ``only`` names the losses it is run with. ``starts``
-    are keys laid over the SFT stage's.
+    are keys laid over the SFT stage's. ``jobs`` runs go at once. Without ``keep_weights`` a run
+    that is finished loses its checkpoints and its frozen reference; a start keeps them.
     """
 
     output_dir: str = "runs/study"
@@ -51,6 +52,7 @@ class StudyConfig:
     controls: dict[str, dict[str, Any]] = field(default_factory=dict)
     starts: dict[str, dict[str, Any]] = field(default_factory=lambda: {START_ROW: {}})
     jobs: int = 1
+    keep_weights: bool = True
 
 
 class Cell(NamedTuple):
@@ -127,6 +129,9 @@ def _from_tree(tree: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError(f"seeds={list(seeds)}: expected whole numbers, at least one")
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"seeds={list(seeds)}: a seed is named twice")
+    keep = values.get("keep_weights", True)
+    if not isinstance(keep, bool):
+        raise ConfigError(f"keep_weights={keep!r}: expected true or false")
     return StudyConfig(**{**values, "seeds": seeds})
 
 
@@ -157,7 +162,7 @@ def _check(study: StudyConfig) -> None:
                     f"{nearest(str(loss), list(study.losses))}"
                 )
     for name, variant in {**study.variants, **study.controls}.items():
-        for key in ("loss", "model", "task", "sft", "sft_optimizer", "answers", "mesh"):
+        for key in ("loss", "model", "task", "sft", "sft_optimizer", "answers", "texts", "mesh"):
             if key in variant:
                 raise ConfigError(
                     f"{key} in {name} would make its runs incomparable: set run.{key}, or a start"

@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from spo_jax.study.grid import Cell, StudyConfig, resolved, run_cells, start_cells
-from spo_jax.study.worker import RESULT_FILE, CellFailed, run_cell, set_up
+from spo_jax.study.worker import LOG_FILE, RESULT_FILE, CellFailed, run_cell, set_up
+
+Say: TypeAlias = Callable[[str], None]
+
+TELL_SECONDS = 60.0
+"""Without a finished run for so long, it is said how far those under way are."""
 
 
 def read_result(cell: Cell) -> dict[str, Any] | None:
@@ -50,7 +55,7 @@ def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def run_study(
-    study: StudyConfig, *, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+    study: StudyConfig, *, say: Say = lambda text: print(text, file=sys.stderr, flush=True)
 ) -> list[str]:
     """Run every cell that has no result yet; returns what failed, in words.
 
@@ -87,7 +92,7 @@ def run_study(
 
     outcomes = _one_by_one if study.jobs == 1 else _at_once
     with _terminated_as_interrupted():
-        for cell, outcome in outcomes(study, left, done, compiled):
+        for cell, outcome in outcomes(study, left, done, compiled, say):
             note(cell, outcome)
     return failed
 
@@ -115,7 +120,7 @@ def _origin(cell: Cell, starts: list[Cell]) -> Cell:
 
 
 def _one_by_one(
-    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path
+    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path, say: Say
 ) -> Iterator[tuple[Cell, Any]]:
     set_up(None, compiled)
     starts, lost = start_cells(study), set()
@@ -124,6 +129,7 @@ def _one_by_one(
         if origin in lost and cell.folder != origin:
             yield cell, CellFailed(f"{cell.name}: left out, its start failed")
             continue
+        say(f"{cell.name} begins; what it says: {cell.folder / LOG_FILE}")
         try:
             yield cell, run_cell(study, cell)
         except CellFailed as error:
@@ -132,16 +138,10 @@ def _one_by_one(
 
 
 def _at_once(
-    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path
+    study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path, say: Say
 ) -> Iterator[tuple[Cell, Any]]:
     """Worker processes, each with its share of the cores; a start goes before its runs."""
-    import jax
-
-    if jax.default_backend() != "cpu":
-        raise ValueError(
-            f"jobs={study.jobs} on {jax.default_backend()}: processes cannot share the "
-            "accelerators. Set jobs: 1, its runs use all of them"
-        )
+    _check_devices(study.jobs)
     starts = start_cells(study)
     ready = done.copy()
     waiting, lost = list(left), set()
@@ -164,7 +164,10 @@ def _at_once(
                     running[pool.submit(run_cell, study, cell)] = cell
             if not running:
                 continue
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, timeout=TELL_SECONDS, return_when=FIRST_COMPLETED)
+            if not finished:
+                for cell in running.values():
+                    say(f"  {cell.name}: {_last_line(cell.folder / LOG_FILE)}")
             for future in finished:
                 cell = running.pop(future)
                 try:
@@ -181,6 +184,30 @@ def _at_once(
                 else:
                     ready.add(cell.folder)
                     yield cell, result
+
+
+def _last_line(log: Path) -> str:
+    """How far a run is: the last that it said."""
+    if not log.is_file():
+        return "begins"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    return lines[-1] if lines else "begins"
+
+
+def _check_devices(jobs: int) -> None:
+    """Raise where several processes cannot share the devices; on GPUs none takes all memory."""
+    import jax
+
+    # Read when the devices are first asked for, here and by the workers.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if jax.default_backend() not in ("cpu", "gpu"):
+        raise ValueError(
+            f"jobs={jobs} on {jax.default_backend()}: processes cannot share the "
+            "accelerators. Set jobs: 1, its runs use all of them"
+        )
 
 
 def _begin(cores: Any, compiled: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from spo_jax.evaluation.texts import TEXTS
 from spo_jax.report.page import Grid
 from spo_jax.study.records import (
     Record,
@@ -32,7 +33,7 @@ ACCURACY = "accuracy"
 PREFERENCES = ("rewards/accuracies", "logprobs/accuracies")
 METRICS = (
     ACCURACY, "unanswered", "cut_off", *PREFERENCES, "rewards/margins",
-    "log_ratio/chosen", "log_ratio/rejected", "inner_loss", "gap",
+    "log_ratio/chosen", "log_ratio/rejected", "inner_loss", "gap", "answer_tokens",
 )  # fmt: skip
 MISSING = "–"
 
@@ -43,6 +44,7 @@ _OUTCOMES = {
     "log_ratio/rejected": ("rejected log-ratio", 1.0, "{:+.2f}"),
     "unanswered": ("unanswered %", 100.0, "{:.1f}"),
     "cut_off": ("cut off %", 100.0, "{:.1f}"),
+    "answer_tokens": ("tokens of an answer", 1.0, "{:.1f}"),
 }
 
 
@@ -99,7 +101,7 @@ def _line(study: Study, start: str, row: str) -> Line:
         return Line(start, row, None, None, {}, (), {}, ())
     runs = by_seed(study, start, row)
     means = {}
-    for metric in METRICS:
+    for metric in (*METRICS, *_texts(known)):
         values = [v for v in (value(r, metric) for r in runs.values()) if v is not None]
         if mean := mean_over_seeds(values):
             means[metric] = mean
@@ -108,6 +110,12 @@ def _line(study: Study, start: str, row: str) -> Line:
     return Line(
         start, row, first.loss, first.variant, dict(first.point), tuple(runs), means, differences
     )
+
+
+def _texts(records: Sequence[Record]) -> tuple[str, ...]:
+    """The metrics of texts that nothing was trained on, whatever their names."""
+    found = (key for record in records for key in record.metrics if key.startswith(TEXTS))
+    return tuple(dict.fromkeys(found))
 
 
 def _differences(study: Study, start: str, row: str, record: Record) -> Iterator[Difference]:
@@ -134,8 +142,9 @@ def table_to_grids(table: Table) -> list[Grid]:
     for start in starts:
         lines = [line for line in table.lines if line.start == start]
         of = f" (start: {start})" if len(starts) > 1 else ""
-        grids.append(_accuracies(table, lines, f"Exact answers{of}"))
         others = _others(lines, f"Preferences and likelihoods{of}")
+        if others is None or any(ACCURACY in line.means for line in lines):
+            grids.append(_accuracies(table, lines, f"Exact answers{of}"))
         if others is not None:
             grids.append(others)
     return grids
@@ -173,9 +182,11 @@ def _note(table: Table, lines: list[Line]) -> str:
 
 
 def _others(lines: list[Line], heading: str) -> Grid | None:
+    texts = dict.fromkeys(m for line in lines for m in line.means if m.startswith(TEXTS))
+    looks = {m: (f"loss on {m.removeprefix(TEXTS)}", 1.0, "{:.3f}") for m in texts}
     shown = {
         metric: look
-        for metric, look in _OUTCOMES.items()
+        for metric, look in {**_OUTCOMES, **looks}.items()
         if any(metric in line.means for line in lines)
     }
     if not shown:
@@ -193,8 +204,12 @@ def _others(lines: list[Line], heading: str) -> Grid | None:
         "shift",
         "unanswered": "unanswered: outputs without a final answer",
         "cut_off": "cut off: outputs that reached the length limit",
+        "answer_tokens": "tokens of an answer: its mean length",
     }
-    note = "; ".join(text for metric, text in said.items() if metric in shown) + "."
+    notes = [text for metric, text in said.items() if metric in shown]
+    if texts:
+        notes.append("loss on: nats per token of texts that nothing was trained on")
+    note = "; ".join(notes) + "."
     return Grid(heading, ["", *(look[0] for look in shown.values())], rows, note)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo_jax.checkpoints import REFERENCE, STEPS
 from spo_jax.checkpoints.atomic import replace_text, to_json, without_nan
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.study.grid import (
@@ -36,13 +38,17 @@ class CellFailed(RuntimeError):
 
 
 def set_up(cores: tuple[int, ...] | None, compiled: Path) -> None:
-    """Before JAX starts: this process' processor cores, and where compiled programs are shared."""
+    """Before JAX starts: this process' processor cores, and where compiled programs are shared.
+
+    ``JAX_COMPILATION_CACHE_DIR`` wins over ``compiled``: several studies may share one.
+    """
     if cores is not None:
         os.sched_setaffinity(0, cores)
     _end_with_the_parent()
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -86,6 +92,9 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
     }
     path = cell.folder / RESULT_FILE
     replace_text(path, to_json(result, str(path), indent=1) + "\n")
+    if not study.keep_weights and cell.row != START_ROW:
+        for weights in (STEPS, REFERENCE):
+            shutil.rmtree(cell.folder / weights, ignore_errors=True)
     return result
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from spo_jax.config.schema import Config
 from spo_jax.evaluation.answers import Exam, take_exam
 from spo_jax.evaluation.heldout import make_evaluate
+from spo_jax.evaluation.texts import Texts
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
 from spo_jax.parallel.mesh import place_batch
@@ -52,6 +53,7 @@ def make_look(
     start: Policy,
     heldout: Look | None,
     exam: Exam | None,
+    texts: Texts | None,
     *,
     reference_params: Params | None,
     exam_every: int | None,
@@ -60,10 +62,10 @@ def make_look(
     """``(state, finished=False, check=...) -> metrics``; None where there is nothing to look at.
 
     ``heldout`` at every look; ``exam``, which writes its answers into ``folder``, when the stage
-    has ended, and every ``exam_every`` updates. ``check()`` is called between batches and may
-    raise.
+    has ended, and every ``exam_every`` updates; ``texts`` when it has ended. ``check()`` is
+    called between batches and may raise.
     """
-    if heldout is None and exam is None:
+    if heldout is None and exam is None and texts is None:
         return None
 
     def look(
@@ -74,8 +76,11 @@ def make_look(
             found |= heldout(params, state.objective, reference_params, check)
         step = int(state.step)
         on_the_way = exam_every is not None and step % exam_every == 0
-        if exam is not None and (finished or step == stage.steps or on_the_way):
+        ended = finished or step == stage.steps
+        if exam is not None and (ended or on_the_way):
             found |= take_exam(exam, start._replace(params=params), folder, check)
+        if texts is not None and ended:
+            found |= texts(params, check)
         return found
 
     return look

@@ -26,7 +26,7 @@ from spo_jax.training.stage import has_inner_rows
 INPUTS = "inputs.json"
 """Inside a stage's folder: the files its rows were read from, with their checksums."""
 
-_SECTIONS = ("data", "sft_data", "answers")
+_SECTIONS = ("data", "sft_data", "answers", "texts")
 
 
 def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes: bool) -> Config:

@@ -17,6 +17,7 @@ from spo_jax.config.choices import bound_loss
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
 from spo_jax.evaluation.answers import Exam, check_exam, make_exam
+from spo_jax.evaluation.texts import Texts, make_texts
 from spo_jax.losses import PreferenceLoss
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
@@ -107,6 +108,7 @@ def train(
         exam, loss = make_exam(config, start.tokenizer), bound_loss(config.loss)
         if exam is not None:
             check_exam(exam, start)
+        texts = make_texts(config, start, mesh)
         results: dict[str, StageResult] = {}
         read: dict[str, Rows] = {}
         for number, name in enumerate(stages):
@@ -117,6 +119,7 @@ def train(
                 mesh,
                 loss,
                 exam,
+                texts,
                 read,
                 resume=resume,
                 allow_changes=allow_changes,
@@ -135,6 +138,7 @@ def run_stage(
     mesh: Mesh,
     loss: PreferenceLoss,
     exam: Exam | None,
+    texts: Texts | None,
     read: dict[str, Rows],
     *,
     resume: bool,
@@ -168,6 +172,7 @@ def run_stage(
         start,
         heldout,
         exam,
+        texts,
         reference_params=online,
         exam_every=config.answers.every if pairs else None,
         folder=folder,
@@ -268,7 +273,14 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
     look = make_look(
-        stage, start, heldout, exam, reference_params=online, exam_every=None, folder=folder
+        stage,
+        start,
+        heldout,
+        exam,
+        make_texts(config, start, mesh),
+        reference_params=online,
+        exam_every=None,
+        folder=folder,
     )
     if look is None:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,18 @@ class ProbeWriter:
 
 
 class Progress:
-    """One line with step, loss, gap, tokens/s and time left; plain lines without a terminal."""
+    """One line with step, loss, gap, tokens/s and time left.
 
-    def __init__(self, name: str, total: int, start: int = 0, active: bool = True):
+    Without a terminal plain lines: of the first update, of every tenth of the steps, and of the
+    first that is done ``seconds`` after the line before.
+    """
+
+    def __init__(
+        self, name: str, total: int, start: int = 0, active: bool = True, *, seconds: float = 60.0
+    ):
         self._name, self._total, self._active = name, total, active
+        self._first, self._seconds, self._said = start + 1, seconds, time.monotonic()
+        self._timed: tuple[int, float] | None = None
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
@@ -170,8 +179,27 @@ class Progress:
             shown.append(f"{waiting:.0%} waiting for data")
         self._bar.set_postfix_str("  ".join(shown), refresh=False)
         self._bar.update(step - self._bar.n)
-        if self._active and not self._live and (step % self._every == 0 or step == self._total):
+        if self._active and not self._live and self._is_due(step):
+            shown += self._time_left(step)
             print(f"{self._name} {step}/{self._total}  " + "  ".join(shown), file=sys.stderr)
+
+    def _is_due(self, step: int) -> bool:
+        now = time.monotonic()
+        due = step in (self._first, self._total) or step % self._every == 0
+        if due or now - self._said >= self._seconds:
+            self._said = now
+            return True
+        return False
+
+    def _time_left(self, step: int) -> list[str]:
+        """By the updates behind the first, which was compiled; nothing where it is short."""
+        now = time.monotonic()
+        if self._timed is None:
+            self._timed = (step, now)
+            return []
+        first, began = self._timed
+        left = (self._total - step) * (now - began) / max(step - first, 1) / 60
+        return [f"about {left:.0f} min left"] if left >= 1 else []
 
     def say(self, text: str) -> None:
         """A line of text that does not break the bar."""

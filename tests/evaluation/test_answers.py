@@ -70,8 +70,8 @@ def test_nothing_is_graded_where_no_problems_are_named(tokenizer):
 def test_shares_counted_by_hand():
     problems = [("1+1=", "#### 2"), ("2+2=", "#### 4"), ("3+3=", "#### 6"), ("4+4=", "#### 8")]
     found = [
-        Completion("#### 2", True),
-        Completion("it is 4", True),
+        Completion("#### 2", True, (5, 6, 7)),
+        Completion("it is 4", True, (5,)),
         Completion("#### 7", False),
         Completion("", True),
     ]
@@ -82,6 +82,7 @@ def test_shares_counted_by_hand():
         "accuracy_flexible": 0.5,
         "unanswered": 0.5,
         "cut_off": 0.25,
+        "answer_tokens": 1.0,
         "problems": 4.0,
     }
 

@@ -283,6 +283,25 @@ def test_a_stopped_call_goes_on(make, tmp_path, fails_at):
     assert meta_path(stopped).read_bytes() == meta_path(whole).read_bytes()
 
 
+def test_a_machine_with_other_blocks_may_go_on(make, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    make(whole)
+    with pytest.raises(KeyboardInterrupt):
+        make(stopped, Sampler(4))
+    rest = Sampler()
+    monkeypatch.setattr(making, "BLOCK", 3)
+    make(stopped, rest)
+    assert rest.calls[::3] == [(2, 3, 4), (5, 6)]
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_blocks_are_small_where_sampling_is_slow(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert making._prompts_of_a_block() == making.BLOCK
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    assert making._prompts_of_a_block() < making.BLOCK / 4
+
+
 def test_a_kill_at_any_byte_shows_not_at_all(make, tmp_path):
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
     make(whole)
@@ -400,7 +419,7 @@ def test_no_pairs_at_all(make, tmp_path, draw, settings, message):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_without_a_terminal_a_line_now_and_then(capsys):
+def test_without_a_terminal_a_line_now_and_then(capsys, monkeypatch):
     shown = Progress(Counts(), 10, seconds=0.0)
     shown.update(Counts(), 8)
     shown.update(Counts(prompts=4, samples=16, right=4, pairs=9))
@@ -408,6 +427,13 @@ def test_without_a_terminal_a_line_now_and_then(capsys):
     assert err[0].startswith("0 of 10 prompts, ")
     assert err[1].startswith("4 of 10 prompts, ")
     assert err[1].endswith("samples/s, 25.0 % right, 9 pairs")
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    shown = Progress(Counts(prompts=10, samples=40), 100)
+    now[0] = 120.0
+    shown.update(Counts(prompts=30, samples=120, right=30), 5)
+    said = capsys.readouterr().err.splitlines()[1]
+    assert said.startswith("30 of 100 prompts, 5 samples of the next, about 7 min left, 0.7 samp")
     shown = Progress(Counts(prompts=4, samples=16), 10)
     shown.update(Counts(prompts=6, samples=24))
     assert capsys.readouterr().err == "going on behind 4 of 10 prompts\n"

@@ -1,7 +1,9 @@
 """The grid of a study: its cells, what is refused, running, resuming, failing, evidence."""
 
 import json
+import os
 
+import jax
 import pytest
 import yaml
 
@@ -9,7 +11,8 @@ from spo_jax.cli import main
 from spo_jax.config.parsing import ConfigError
 from spo_jax.study import read_evidence, read_study, run_study
 from spo_jax.study.grid import resolved, run_cells, start_cells
-from spo_jax.study.runner import _shares, read_result
+from spo_jax.study.runner import _check_devices, _last_line, _shares, read_result
+from spo_jax.study.worker import set_up
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"max_completion_length": 16, "completion_buckets": [16]}
@@ -125,6 +128,8 @@ def test_a_base_file_gives_what_runs_share(tmp_path):
         ),
         ({"seeds": [1, 1]}, ["named twice"]),
         ({"jobs": 0}, ["jobs=0"]),
+        ({"keep_weights": "no"}, ["keep_weights='no'", "true or false"]),
+        ({"controls": {"x": {"texts": {"max_rows": 2}}}}, ["texts in x", "incomparable"]),
         ({"run": {**TREE["run"], "seed": 3}}, ["run.seed would be ignored"]),
         ({"controls": {"x": {"task": {"digits": 2}}}}, ["task in x", "incomparable"]),
         ({"losses": {"DPO": {"name": "dpo"}}}, ["DPO, seed 0", "loss.beta"]),
@@ -153,6 +158,36 @@ def test_cores_are_shared_evenly(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}, raising=False)
     assert _shares(2) == [(0, 2, 4), (1, 3)]
     assert _shares(6) == [None] * 6
+
+
+@pytest.mark.parametrize(("backend", "fits"), [("cpu", True), ("gpu", True), ("tpu", False)])
+def test_processes_share_a_gpu_but_no_tpu(monkeypatch, backend, fits):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    if fits:
+        _check_devices(3)
+        assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    else:
+        with pytest.raises(ValueError, match=r"jobs=3 on tpu.*jobs: 1"):
+            _check_devices(3)
+
+
+def test_how_far_a_run_is_is_the_last_that_it_said(tmp_path):
+    log = tmp_path / "log.txt"
+    assert _last_line(log) == "begins"
+    log.write_text("data: 8 rows\npreference 3/40  loss 0.5\n\n")
+    assert _last_line(log) == "preference 3/40  loss 0.5"
+
+
+def test_studies_may_share_compiled_programs(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for told, used in ((None, tmp_path), (str(tmp_path / "all"), tmp_path / "all")):
+            jax.config.update("jax_compilation_cache_dir", told)
+            set_up(None, tmp_path)
+            assert jax.config.jax_compilation_cache_dir == str(used)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +261,17 @@ class TestRun:
         asked = {json.loads(line)["prompt"] for line in lines}
         assert len(asked) == 6
         assert not asked & {json.loads(line)["prompt"] for line in test.read_text().splitlines()}
+
+    def test_weights_of_finished_runs_need_not_be_kept(self, tmp_path):
+        path = written(tmp_path, seeds=[0], losses={}, variants={}, keep_weights=False)
+        assert run_study(read_study(path), say=lambda text: None) == []
+        study = read_study(path)
+        (start,), (run,) = start_cells(study), run_cells(study)
+        kept = {"checkpoints", "reference"}
+        assert not kept & {path.name for path in run.folder.iterdir()}
+        assert (start.folder / "checkpoints").is_dir()
+        assert read_result(run)["metrics"]["answer_tokens"] > 0
+        assert run_study(study, say=lambda text: None) == []
 
     def test_a_failing_run_does_not_stop_the_others_and_is_retried(self, finished, tmp_path):
         variants = {"plain": {"solver": {"name": "preference_only"}}}

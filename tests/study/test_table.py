@@ -195,6 +195,25 @@ def test_missing_cells_are_dashes_and_counted():
     assert "14 of 18 runs." in table_to_markdown(table)
 
 
+def test_texts_that_nothing_trains_on_have_a_column_each():
+    records = [
+        record("SFT", right="11", texts__stories=2.0, answer_tokens=20.5),
+        record("DPO", right="10", texts__stories=2.5, texts__code=1.25),
+    ]
+    others = table_to_grids(summarize(study(records)))[1]
+    assert others.columns == ["", "tokens of an answer", "loss on stories", "loss on code"]
+    rows = {row[0]: row[1:] for row in others.rows}
+    assert rows["SFT"] == ["20.5", "2.000", MISSING]
+    assert rows["DPO"] == [MISSING, "2.500", "1.250"]
+    assert "nothing was trained on" in others.note
+
+
+def test_where_nothing_is_graded_there_is_no_table_of_answers():
+    records = [record("SFT", logprobs__accuracies=0.5), record("DPO", logprobs__accuracies=0.6)]
+    grids = table_to_grids(summarize(study(records)))
+    assert [grid.heading for grid in grids] == ["Preferences and likelihoods"]
+
+
 def test_an_empty_study_still_has_its_table():
     empty = study([], starts=("SFT",), seeds=(0, 1))
     table = summarize(empty)

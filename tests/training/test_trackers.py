@@ -74,8 +74,9 @@ def test_progress_without_a_terminal(capsys):
     progress.say("WARNING something")
     progress.close()
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 11
-    assert shown[0] == "preference 2/20  loss 0.5  chosen -0.25  1,234 tok/s"
+    assert len(shown) == 12
+    assert shown[0] == "preference 1/20  loss 0.5  chosen -0.25  1,234 tok/s"
+    assert shown[1].startswith("preference 2/20 ")
     assert shown[-1] == "WARNING something"
 
     progress.update(20, {"loss": 0.5, "data_wait_share": 0.04}, 1234.0)
@@ -89,6 +90,18 @@ def test_progress_without_a_terminal(capsys):
     silent.say("WARNING something")
     silent.close()
     assert capsys.readouterr().err == ""
+
+
+def test_slow_updates_are_shown_one_by_one_with_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("spo_jax.training.trackers.time.monotonic", lambda: now[0])
+    progress = Progress("preference", 100, 40)
+    for step in range(41, 47):
+        now[0] += 40.0
+        progress.update(step, {"loss": 0.5}, 1.0)
+    shown = [line.split("  ") for line in capsys.readouterr().err.splitlines()]
+    assert [line[0] for line in shown] == [f"preference {n}/100" for n in (41, 43, 45)]
+    assert [line[-1] for line in shown[1:]] == ["about 38 min left", "about 37 min left"]
 
 
 def alarms(chosen, margin, threshold=-2.0, window=1):

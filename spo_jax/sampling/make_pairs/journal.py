@@ -35,23 +35,23 @@ def check_free(out: Path) -> None:
 class PairFile:
     """``out`` in the making: ``OUT.partial`` is a line of settings, then a line for each block.
 
-    ``done`` of ``blocks`` are there already, with their ``counts``. A line without its end, as a
-    kill leaves it, is cut off.
+    ``done`` of ``prompts`` are there already, in blocks with their ``counts``. A line
+    without its end, as a kill leaves it, is cut off.
 
     Raises:
         FileExistsError: ``out`` is there already.
         ValueError: the partial file was made with other settings, or is none.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, blocks: int):
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, prompts: int):
         check_free(out)
-        self.out, self.blocks = out, blocks
+        self.out = out
         self.partial = out.with_name(out.name + PARTIAL)
         self.counts: list[dict[str, int]] = []
         self._seen: set[bytes] = set()
         out.parent.mkdir(parents=True, exist_ok=True)
         end = self._take_over(dict(settings)) if self.partial.exists() else 0
-        if out.exists() and self.done < blocks:
+        if out.exists() and self.done < prompts:
             raise FileExistsError(f"{out} exists beside {self.partial}: remove one of them")
         self._file = self.partial.open("ab")
         os.truncate(self.partial, end)
@@ -60,8 +60,8 @@ class PairFile:
 
     @property
     def done(self) -> int:
-        """Blocks that are whole."""
-        return len(self.counts)
+        """Prompts of the blocks that are whole."""
+        return sum(counts["prompts"] for counts in self.counts)
 
     def _take_over(self, settings: dict[str, Any]) -> int:
         """Bytes of the partial file that can be gone on from."""
@@ -69,7 +69,7 @@ class PairFile:
         for line, here in _whole_lines(self.partial):
             if end == 0:
                 self._check_settings(line, settings)
-            elif line.get("block") != self.done:
+            elif line.get("block") != len(self.counts):
                 break
             else:
                 self.counts.append(line["counts"])
@@ -107,7 +107,7 @@ class PairFile:
 
     def append(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> None:
         """The next block, at once on the disk."""
-        self._write({"block": self.done, "counts": dict(counts), "rows": list(rows)})
+        self._write({"block": len(self.counts), "counts": dict(counts), "rows": list(rows)})
         self.counts.append(dict(counts))
 
     def _write(self, line: Mapping[str, Any]) -> None:

@@ -11,6 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
+
+from spo_jax import __version__
 from spo_jax.checkpoints.checksums import params_fingerprint
 from spo_jax.config.schema import DataConfig
 from spo_jax.data import TextRows
@@ -22,6 +25,7 @@ from spo_jax.policies.loading import Policy, as_trained, date_of_run, load_polic
 from spo_jax.policies.rows import read_rows
 from spo_jax.sampling.make_pairs.draws import (
     BLOCK,
+    CPU_BLOCK,
     checked_prompt_ids,
     count_respelled,
     draw_samples,
@@ -130,7 +134,7 @@ def write_pairs(
     """Sample, grade and write the pairs of ``problems`` to ``out``, whole or not at all.
 
     Blocks of prompts that a stopped call had finished are taken over: the file is, byte for
-    byte, that of a call left alone. ``batch_size``, a matter of memory alone, may differ then.
+    byte, that of a call left alone. ``batch_size`` and the machine may differ then.
     ``model`` is what the policy is called in the description beside the file.
 
     Raises:
@@ -145,20 +149,20 @@ def write_pairs(
     for problem in problems:
         check_gold(problem, _main_grader(TASKS[settings.task]))
     described = _describe(policy, problems, settings)
-    blocks = -(-len(problems) // BLOCK)
+    block = _prompts_of_a_block()
     file: PairFile | None = None  # of the first process; the others sample with it
 
     def take_over() -> list[dict[str, int]]:
         nonlocal file
-        file = PairFile(Path(out), described, blocks=blocks)
+        file = PairFile(Path(out), described, prompts=len(problems))
         return file.counts
 
     before = by_first(take_over)
     counts = total(Counts(**found) for found in before)
     shown = Progress(counts, len(problems))
     try:
-        for block in range(len(before), blocks):
-            numbers = range(len(problems))[block * BLOCK : (block + 1) * BLOCK]
+        while counts.prompts < len(problems):
+            numbers = range(len(problems))[counts.prompts : counts.prompts + block]
             some = [problems[i] for i in numbers]
             drawn = draw_samples(
                 policy,
@@ -181,6 +185,11 @@ def write_pairs(
     return counts
 
 
+def _prompts_of_a_block() -> int:
+    """A stop costs at most one block, and behind each one is said how far it is."""
+    return min(BLOCK, CPU_BLOCK) if jax.default_backend() == "cpu" else BLOCK
+
+
 def _finish(
     file: PairFile,
     counts: Counts,
@@ -191,7 +200,8 @@ def _finish(
     if counts.pairs == 0:
         file.discard()
         raise ValueError(why_no_pairs(counts, settings))
-    versions = {name: version(name) for name in ("spo-jax", "jax", "transformers")}
+    versions = {name: version(name) for name in ("jax", "transformers")}
+    versions["spo-jax"] = __version__  # known without an installation, too
     file.finish(
         {"model": model, "settings": described, "counts": counts._asdict(), "versions": versions}
     )

@@ -31,7 +31,7 @@ class Progress:
         """Show where things stand, with ``drawn`` more samples that are not graded yet."""
         now = time.monotonic()
         samples = counts.samples - self._first.samples + drawn
-        said = [f"{samples / max(now - self._start, 1e-9):,.0f} samples/s"]
+        said = [f"{samples / max(now - self._start, 1e-9):,.1f} samples/s"]
         if counts.samples:
             right = 100 * counts.right / counts.samples
             said += [f"{right:.1f} % right", f"{counts.pairs} pairs"]
@@ -41,7 +41,21 @@ class Progress:
             self._bar.refresh()
         elif now - self._said >= self._seconds:
             self._said = now
-            say(f"{counts.prompts} of {self._prompts} prompts, {', '.join(said)}")
+            said = [
+                f"{counts.prompts} of {self._prompts} prompts",
+                *self._more(counts, drawn),
+                *said,
+            ]
+            say(", ".join(said))
+
+    def _more(self, counts: Counts, drawn: int) -> list[str]:
+        """Samples of the prompts under way, and the time left by those that are done."""
+        said = [f"{drawn} samples of the next"] if drawn else []
+        done = counts.prompts - self._first.prompts
+        if done:
+            left = (self._prompts - counts.prompts) * (time.monotonic() - self._start) / done
+            said.append(f"about {left / 60:.0f} min left")
+        return said
 
     def close(self) -> None:
         """End the bar."""
