@@ -140,14 +140,14 @@ def _one_by_one(
 def _at_once(
     study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path, say: Say
 ) -> Iterator[tuple[Cell, Any]]:
-    """Worker processes, each with its share of the cores; a start goes before its runs."""
-    _check_devices(study.jobs)
+    """Worker processes, each with its share of a CPU's cores; a start goes before its runs."""
+    on_cpu = _check_devices(study.jobs) == "cpu"
     starts = start_cells(study)
     ready = done.copy()
     waiting, lost = list(left), set()
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
-    for share in _shares(study.jobs):
+    for share in _shares(study.jobs) if on_cpu else [None] * study.jobs:
         cores.put(share)
     with ProcessPoolExecutor(
         study.jobs, mp_context=context, initializer=_begin, initargs=(cores, compiled)
@@ -197,17 +197,19 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "begins"
 
 
-def _check_devices(jobs: int) -> None:
-    """Raise where several processes cannot share the devices; on GPUs none takes all memory."""
+def _check_devices(jobs: int) -> str:
+    """``cpu`` or ``gpu``; several processes cannot share others. On a GPU none takes all memory."""
     import jax
 
     # Read when the devices are first asked for, here and by the workers.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if jax.default_backend() not in ("cpu", "gpu"):
+    backend = jax.default_backend()
+    if backend not in ("cpu", "gpu"):
         raise ValueError(
-            f"jobs={jobs} on {jax.default_backend()}: processes cannot share the "
-            "accelerators. Set jobs: 1, its runs use all of them"
+            f"jobs={jobs} on {backend}: processes cannot share the accelerators. Set jobs: 1, its "
+            "runs use all of them"
         )
+    return backend
 
 
 def _begin(cores: Any, compiled: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from spo_jax.evaluation.heldout import wilson_interval
 from spo_jax.evaluation.texts import TEXTS
 from spo_jax.report.page import Grid
 from spo_jax.study.records import (
@@ -49,7 +50,10 @@ _OUTCOMES = {
 
 
 class Line(NamedTuple):
-    """A row of the table from one start; without finished runs, what is known of it is empty."""
+    """A row of the table from one start; without finished runs, what is known of it is empty.
+
+    ``accuracy_interval`` is Wilson's over the test problems, of a row with a single seed.
+    """
 
     start: str
     row: str
@@ -59,6 +63,7 @@ class Line(NamedTuple):
     seeds: tuple[int, ...]
     means: Mapping[str, Mean]
     differences: tuple[Difference, ...]
+    accuracy_interval: Interval | None = None
 
     def difference(self, metric: str, role: str, to: str | None = None) -> Difference | None:
         """The difference of a metric to the row of that role (and name)."""
@@ -108,8 +113,15 @@ def _line(study: Study, start: str, row: str) -> Line:
     differences = tuple(_differences(study, start, row, known[0]))
     first = known[0]
     return Line(
-        start, row, first.loss, first.variant, dict(first.point), tuple(runs), means, differences
-    )
+        start, row, first.loss, first.variant, dict(first.point), tuple(runs), means, differences,
+        _interval(list(runs.values())),
+    )  # fmt: skip
+
+
+def _interval(runs: Sequence[Record]) -> Interval | None:
+    if len(runs) != 1 or not runs[0].right:
+        return None
+    return Interval(*wilson_interval(sum(runs[0].right), len(runs[0].right)))
 
 
 def _texts(records: Sequence[Record]) -> tuple[str, ...]:
@@ -158,6 +170,9 @@ def _accuracies(table: Table, lines: list[Line], heading: str) -> Grid:
         found = [line.difference(ACCURACY, role, name) for role, name, _ in roles]
         seeds = f"{len(line.seeds)}" if line.seeds else MISSING
         accuracy = _mean(line, ACCURACY, 100.0, "{:.1f}")
+        if line.accuracy_interval is not None:
+            low, high = line.accuracy_interval
+            accuracy += f"\n{{{100 * low:.1f}, {100 * high:.1f}}}"
         rows.append([line.row, seeds, accuracy, *map(_difference, found)])
     columns = ["", "seeds", "accuracy %", *(name for *_, name in roles)]
     return Grid(heading, columns, rows, _note(table, lines))
@@ -169,6 +184,8 @@ def _note(table: Table, lines: list[Line]) -> str:
     said = ["accuracy: share of the test problems answered exactly"]
     if any(line.means.get(ACCURACY, Mean(1, 0.0, None)).n > 1 for line in lines):
         said[0] += ", mean over seeds ± its standard error"
+    if any(line.accuracy_interval is not None for line in lines):
+        said[0] += ", of a single seed { } Wilson's 95 % interval over the test problems"
     if found:
         said.append(f"vs: mean paired difference in points; {table.baseline} is the same loss' own")
     if any(d.over_seeds for d in found):

@@ -165,7 +165,7 @@ def test_processes_share_a_gpu_but_no_tpu(monkeypatch, backend, fits):
     monkeypatch.setattr("jax.default_backend", lambda: backend)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     if fits:
-        _check_devices(3)
+        assert _check_devices(3) == backend
         assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     else:
         with pytest.raises(ValueError, match=r"jobs=3 on tpu.*jobs: 1"):

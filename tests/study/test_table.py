@@ -234,7 +234,9 @@ def test_what_the_cells_say():
     assert accuracies.columns == ["", "seeds", "accuracy %", "vs plain", "vs SFT"]
     error = math.sqrt((3 - 4 * 0.75**2) / 3 / 4)
     low, high = 75 - 195.9964 * error, 75 + 195.9964 * error
-    assert rows["DPO + SPO"][:2] == ["1", "100.0"]
+    assert rows["DPO + SPO"][:2] == ["1", "100.0\n{51.0, 100.0}"]
+    assert rows["SFT"][1] == "75.0\n{30.1, 95.4}"
+    assert "of a single seed { } Wilson's 95 % interval" in accuracies.note
     assert rows["DPO + SPO"][2] == f"+75.0\n{{{low:+.1f}, {high:+.1f}}}"
     assert "[ ]" not in accuracies.note
     assert "{ }: its 95 % normal interval over the test problems" in accuracies.note
