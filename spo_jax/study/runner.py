@@ -194,7 +194,7 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
-    return lines[-1] if lines else "begins"
+    return lines[-1][:120] if lines else "begins"
 
 
 def _check_devices(jobs: int) -> str:
