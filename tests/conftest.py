@@ -1,4 +1,7 @@
-"""Eight simulated CPU devices and no network, before JAX or the hub client is imported."""
+"""Eight simulated CPU devices and no network, before JAX or the hub client is imported.
+
+On an accelerator, ``JAX_PLATFORMS=cuda,cpu pytest``: tests that need eight devices are skipped.
+"""
 
 import atexit
 import gc
@@ -11,11 +14,15 @@ import pytest
 
 from tests.machine import CACHE, WITHOUT_TORCH, shared_cache, xla_flags
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") != "cpu":
+    # Else float32 products are rounded to TF32 there, and tests expect float32.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers, one device
+DEVICES = 8
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = f"{xla_flags(DEVICES)} {os.environ.get('XLA_FLAGS', '')}".strip()
 if CACHE not in os.environ:  # the first process of a test run; its workers inherit it
     # It begins empty: nothing of another version, or of code that is no longer so, is read.
     os.environ[CACHE] = tempfile.mkdtemp(prefix="spo_jax_tests_")
@@ -32,6 +39,33 @@ def pytest_configure(config):
     if hasattr(config, "workerinput") or not starts_workers:
         above = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([WITHOUT_TORCH, *([above] if above else [])])
+
+
+def _with_what_is_there(item):
+    """Run what follows; skip what is of a CPU alone, or needs eight devices where there are not."""
+    import jax
+
+    there, backend = jax.device_count(), jax.default_backend()
+    if backend != "cpu" and item.get_closest_marker("on_cpu"):
+        pytest.skip(f"is of a CPU, and this is on {backend}")
+    if there < DEVICES and item.get_closest_marker("eight_devices"):
+        pytest.skip(f"needs {DEVICES} devices, {there} there")
+    try:
+        return (yield)
+    except ValueError as error:
+        if there < DEVICES and f"does not fit {there} devices" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    return (yield from _with_what_is_there(pyfuncitem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    return (yield from _with_what_is_there(request.node))
 
 
 # One after the other, or minutes long: begun last, they would leave the other workers idle.

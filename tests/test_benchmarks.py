@@ -119,6 +119,12 @@ def test_what_runs_inside_a_loop_is_not_the_loops(script):
     assert found == [("after", 2), ("dot", 2), ("dot", 3), ("inside", 1), ("loop", 4)]
 
 
+def test_kernels_that_overlap_by_a_little_keep_their_time(script):
+    events = [("one", 0, 10), ("two", 9, 20), ("three", 19, 22)]
+    found = sorted(script("operations")._own_times(events))
+    assert found == [("one", 10), ("three", 3), ("two", 11)]
+
+
 # The sides of accelerator.py
 
 TINY = [

@@ -106,4 +106,6 @@ if job.profile:
     with jax.profiler.trace(job.profile):
         jax.block_until_ready(step(state, batch, frozen))
     told["operations"] = longest_operations(job.profile)
+    program = step.lower(state, batch, frozen).compile().as_text()
+    Path(job.profile, "program.txt").write_text(program)  # what the trace's names stand for
 measure.write_result(job, "jax jaxlib flax optax", **told)

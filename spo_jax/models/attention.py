@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -28,6 +29,9 @@ Window: TypeAlias = Int[Array, ""] | int | None
 
 ATTENDED = "attended"
 """The name of what attention hands on: rematerialization may save it."""
+
+WIDEST_HEAD = 128
+"""What cuDNN's kernel takes on every card, if it is a multiple of 8; on newer ones it takes 256."""
 
 NO_WINDOW = 2**30
 """A window no sequence reaches: full attention where windows are an array over layers."""
@@ -107,21 +111,29 @@ def cudnn_attention(
     positions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Causal attention within segments by cuDNN's flash kernel; 16-bit inputs on NVIDIA GPUs."""
+    length = q.shape[1]
+    if length % 2:  # in training the kernel takes even lengths: one token more, seen by none
+        q, k, v = (jnp.pad(x, [(0, 0), (0, 1), (0, 0), (0, 0)]) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, [(0, 0), (0, 1)], constant_values=-1)
+        positions = None if positions is None else jnp.pad(positions, [(0, 0), (0, 1)])
     mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     local = None
     if isinstance(window, int) and positions is None:
         local = (window - 1, 0)  # left, right: cuDNN skips what lies outside a static window
     elif window is not None:
         mask &= _within(q.shape[1], window, positions)
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask[:, None],
-        is_causal=True,
-        local_window_size=local,
-        implementation="cudnn",
-    )
+
+    def by(implementation):
+        def attention(q, k, v, mask, local):
+            return jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=True, local_window_size=local,
+                implementation=implementation,
+            )  # fmt: skip
+
+        return attention
+
+    attention = with_second_derivative(by("cudnn"), by("xla"), ATTENDED)
+    return attention(q, k, v, mask[:, None], local)[:, :length]
 
 
 KERNELS = ("xla", "blocked", "cudnn", "splash")
@@ -157,9 +169,8 @@ def choose_kernel(
     backend = platform(mesh)
     static = window is None or (isinstance(window, int) and not packed)
     if name == "auto":
-        # cuDNN wants a head that is a multiple of 8 and, with a mask in training, an even length.
-        half = jnp.dtype(dtype).itemsize == 2
-        if backend == "gpu" and half and head_dim % 8 == 0 and length % 2 == 0:
+        serves = jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD
+        if backend == "gpu" and serves:
             return cudnn_attention
         if backend != "tpu" or not static or dtype == jnp.float16:
             return xla_attention
@@ -213,13 +224,17 @@ class BranchAttention(flax.struct.PyTreeNode):
                 positions = positions.reshape(ids.shape)
             else:
                 ids = ids[:, :1] > 0  # the same in all branches
-            return blocked_attention(q, k, v, ids, positions, layout, window), None
+            out = blocked_attention(q, k, v, ids, positions, layout, window)
+            return checkpoint_name(out, ATTENDED), None
         q, k, v = (split_branches(x, layout) for x in (q, k, v))
         kernel = choose_kernel(
             self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh, packed=packed
         )
         more = {"positions": positions} if packed and window is not None else {}
-        return merge_branches(kernel(q, k, v, ids, window, **more), layout), None
+        out = merge_branches(kernel(q, k, v, ids, window, **more), layout)
+        if kernel is cudnn_attention:  # it has named its output, which it keeps, by itself
+            return out, None
+        return checkpoint_name(out, ATTENDED), None
 
 
 class PrefillAttention(flax.struct.PyTreeNode):

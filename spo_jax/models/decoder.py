@@ -14,13 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution
 from spo_jax.models.attention import (
-    ATTENDED,
     BranchAttention,
     CachedAttention,
     Layout,
@@ -87,7 +85,7 @@ class Attention(_Projecting):
             k = RMSNorm(c.rms_norm_eps, self.execution, name="k_norm")(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         out, kept = context.attend(q, k, v, window, cached)
-        out = checkpoint_name(out.reshape(*x.shape[:2], c.num_heads * c.head_dim), ATTENDED)
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.project(out, c.hidden_size, "o", bias=c.o_bias), kept
 
 

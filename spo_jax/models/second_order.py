@@ -8,6 +8,9 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+OUT = 4
+"""The place of the output among what a pullback may hold."""
+
 
 def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any], name: str):
     """``kernel(q, k, v, segment_ids, window)`` with its own gradient, and ``plain``'s beyond it.
@@ -15,33 +18,42 @@ def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any]
     A fused kernel's backward pass is a kernel again, that nothing can differentiate; an
     unrolled solver has to. ``plain`` is the same function in ordinary operations: where the
     gradient is differentiated, and only there, its derivative is taken. What the kernel keeps for
-    its backward pass is called ``name``, for rematerialization to save.
+    its backward pass is called ``name``, for rematerialization to save: not what it was given, nor
+    what it makes of ``segment_ids``, which are whatever tells what may be seen.
     """
 
     def attention(q, k, v, segment_ids, window):
-        structures = []  # of the kernel's pullback: known as soon as the forward pass is traced
+        pullbacks = []  # how the kernel's is built: known as soon as the forward pass is traced
 
         @jax.custom_vjp
         def forward(q, k, v, segment_ids):
             out, pullback = jax.vjp(lambda *x: kernel(*x, segment_ids, window), q, k, v)
-            kept, structure = jax.tree.flatten(pullback)
-            structures.append(structure)
-            return out, kept
+            leaves, structure = jax.tree.flatten(pullback)
+            known = (q, k, v, segment_ids, out)
+            places = [next((i for i, x in enumerate(known) if x is leaf), None) for leaf in leaves]
+            pullbacks.append((structure, places))
+            return out, [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
 
         def forward_pass(q, k, v, segment_ids):
             out, kept = forward(q, k, v, segment_ids)
-            kept = [checkpoint_name(x, name) for x in kept]
-            return (out, kept), (q, k, v, segment_ids, kept)
+            kept_out = None
+            if OUT in pullbacks[-1][1]:
+                out = kept_out = checkpoint_name(out, name)  # one array, saved once
+            kept = [x if x.shape == segment_ids.shape else checkpoint_name(x, name) for x in kept]
+            return (out, kept), (q, k, v, segment_ids, kept_out, kept)
 
         def forward_pullback(saved, cotangents):
             return *backward(*saved, cotangents[0]), None
 
         @jax.custom_vjp
-        def backward(q, k, v, segment_ids, kept, cotangent):
-            return jax.tree.unflatten(structures[-1], kept)(cotangent)
+        def backward(q, k, v, segment_ids, out, kept, cotangent):
+            structure, places = pullbacks[-1]
+            known, own = (q, k, v, segment_ids, out), iter(kept)
+            leaves = [next(own) if place is None else known[place] for place in places]
+            return jax.tree.unflatten(structure, leaves)(cotangent)
 
-        def backward_pass(q, k, v, segment_ids, kept, cotangent):
-            found = backward(q, k, v, segment_ids, kept, cotangent)
+        def backward_pass(q, k, v, segment_ids, out, kept, cotangent):
+            found = backward(q, k, v, segment_ids, out, kept, cotangent)
             return found, (q, k, v, segment_ids, cotangent)
 
         def backward_pullback(saved, cotangents):
@@ -50,9 +62,9 @@ def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any]
             def gradient(q, k, v, cotangent):
                 return jax.vjp(lambda *x: plain(*x, segment_ids, window), q, k, v)[1](cotangent)
 
-            # What the kernel kept is a function of q, k and v, and their derivative is whole.
+            # The output and what was kept are functions of q, k and v: their derivative is whole.
             *found, last = jax.vjp(gradient, q, k, v, cotangent)[1](cotangents)
-            return *found, None, None, last
+            return *found, None, None, None, last
 
         forward.defvjp(forward_pass, forward_pullback)
         backward.defvjp(backward_pass, backward_pullback)

@@ -29,15 +29,31 @@ DEFAULT_CHUNK_TOKENS = 2048
 """Head rows in flight at once: logits of ``chunk_tokens * V * 4`` bytes (256 MiB at V = 32k)."""
 KEPT_ON_CPU = 512 * 2**20
 """Bytes of logits on a CPU, where to compute them a second time costs more than memory does."""
+KEPT_ON_GPU = 1 / 12
+"""The share of a GPU's memory that logits may take: kept, they are not computed a second time."""
 
 
 def rows_in_flight(asked: int | None, vocabulary: int, mesh: Mesh | None) -> int:
     """Head rows at once on a data shard: ``asked``, or what suits the platform of ``mesh``."""
     if asked is not None:
         return asked
-    if platform(mesh) != "cpu":
-        return DEFAULT_CHUNK_TOKENS
-    return max(1, KEPT_ON_CPU // (4 * vocabulary))
+    kind = platform(mesh)
+    if kind == "cpu":
+        return max(1, KEPT_ON_CPU // (4 * vocabulary))
+    memory = _memory(mesh) if kind == "gpu" else 0
+    return max(DEFAULT_CHUNK_TOKENS, int(memory * KEPT_ON_GPU) // (4 * vocabulary))
+
+
+def _memory(mesh: Mesh | None) -> int:
+    """Bytes of one device as its library has them to give; 0 where there is no asking.
+
+    Processes must not be told different numbers: they run one program.
+    """
+    devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
+    if len({device.process_index for device in devices}) > 1:
+        return 0
+    told = getattr(devices[0], "memory_stats", lambda: None)() or {}
+    return told.get("bytes_limit", 0)
 
 
 def predictor_states(

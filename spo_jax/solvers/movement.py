@@ -34,7 +34,9 @@ def moved_share(new: Any, old: Any, grads: Any) -> Float[Array, ""]:
     """
 
     def counts(after, before, gradient):
-        pulled = gradient != 0
+        # By its bits but the sign: a float32 zero to compare with can be one that the program
+        # holds as a whole array, to be read as large as the weights.
+        pulled = (stored_bits(gradient) << 1) != 0
         moved = pulled & (stored_bits(after) != stored_bits(before))
         return jnp.stack([_count(moved), _count(pulled)])
 

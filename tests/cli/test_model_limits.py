@@ -61,6 +61,7 @@ def test_a_command_says_what_the_model_lacks(name, changes, message, tmp_path, c
     assert "Traceback" not in said
 
 
+@pytest.mark.eight_devices
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("changes", "message"),

@@ -210,6 +210,7 @@ def test_a_real_update_is_predicted(bench):
     np.testing.assert_array_equal(same["update/chosen_predicted"], 0)
 
 
+@pytest.mark.on_cpu
 def test_half_precision_parameters_are_probed_in_float32(bench):
     params, pairs = bench
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -124,6 +124,7 @@ def test_blocks_are_few_and_cover_every_query_once(completion):
     assert all(b.first == 0 for b in found)
 
 
+@pytest.mark.on_cpu
 def test_where_it_is_taken():
     assert in_blocks("auto", None)  # tests run on a CPU
     assert in_blocks("blocked", None)

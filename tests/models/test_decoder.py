@@ -197,6 +197,7 @@ def test_rematerialization_changes_no_gradient(remat):
     )
 
 
+@pytest.mark.on_cpu
 def test_elementwise_rematerialization_computes_no_product_again():
     """Attention's scores it computes again as without: blocks keep none."""
     params = draw_params(make_model())

@@ -28,6 +28,7 @@ def test_the_matrix_is_the_left_factor():
     assert "f32[24,3]" in dots[0]
 
 
+@pytest.mark.on_cpu
 def test_values_are_the_left_factor():
     weights = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
     values = jax.random.normal(jax.random.key(1), (2, 3, 8, 6))
@@ -51,6 +52,7 @@ def test_layers_are_taken_apart():
         )
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_platform_takes_the_same_step(tied, monkeypatch):
     """Where the platform is no CPU, layers stay stacked and matrices as they are."""

@@ -166,6 +166,7 @@ def by_xla():
     return rows, readout(model, rows)(draw_params(model))
 
 
+@pytest.mark.on_cpu
 def test_elementwise_rematerialization_runs_no_kernel_again():
     """What the kernel keeps for its backward pass has a name that the policy saves."""
     rows = draw_rows(0, 2, 9, 2, 7)
@@ -239,6 +240,7 @@ def interpreted(kernel):
     return kernel.keywords["interpret"]
 
 
+@pytest.mark.on_cpu
 def test_auto_goes_by_the_devices_of_the_mesh(bare):
     def chosen(platform, dtype=jnp.bfloat16, head_dim=64, length=2048, window=None):
         return choose_kernel("auto", dtype, head_dim, length, window, mesh_of(platform))

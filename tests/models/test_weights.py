@@ -81,6 +81,7 @@ def test_transformers_loads_the_export(folder, tmp_path):
         assert torch.equal(theirs.state_dict()[name], expected), name
 
 
+@pytest.mark.eight_devices
 def test_pieces_land_on_eight_devices(folder):
     model = load_model(folder)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))

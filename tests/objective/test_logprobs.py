@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from spo_jax.objective.logprobs import (
     predictor_states,
@@ -13,7 +14,7 @@ from spo_jax.objective.logprobs import (
     token_spread,
 )
 from spo_jax.types import CompletionBatch
-from tests.models.test_splash import mesh_of
+from tests.models.test_splash import Chip, mesh_of
 
 
 def inputs(batch=3, branches=2, length=7, width=8, vocabulary=11, dtype=jnp.float32):
@@ -156,8 +157,22 @@ def test_spread_of_a_certain_token_is_finite():
     np.testing.assert_allclose(mass, 1, rtol=1e-6)
 
 
+@pytest.mark.on_cpu
 def test_rows_in_flight_are_those_asked_for_or_what_suits_the_platform():
     assert rows_in_flight(7, 32_000, None) == 7
     assert rows_in_flight(None, 32_000, None) == 2**29 // (4 * 32_000)  # on a CPU
     assert rows_in_flight(None, 2**40, None) == 1
     assert rows_in_flight(None, 32_000, mesh_of("tpu")) == 2048
+    assert rows_in_flight(None, 32_000, mesh_of("gpu")) == 2048  # it is not there to be asked
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(1, 2**33 // 12 // (4 * 32_000)), (2, 2048)])
+def test_a_gpu_is_asked_for_its_memory_by_one_process_alone(processes, rows):
+    """Several would be told different numbers, and compile different programs."""
+    devices = [Chip("gpu"), Chip("gpu")]
+    for device in devices:
+        device.memory_stats = lambda: {"bytes_limit": 2**33}
+    devices[1].process_index = processes - 1
+    mesh = Mesh(np.array(devices).reshape(2, 1, 1), ("data", "fsdp", "tensor"))
+    assert rows_in_flight(None, 32_000, mesh) == rows
+    assert rows_in_flight(7, 32_000, mesh) == 7

@@ -32,6 +32,7 @@ from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 MODEL = tiny_model()
 
 
+@pytest.mark.eight_devices
 def test_sizes_of_a_mesh():
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(data=2, fsdp=-1, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -41,6 +42,7 @@ def test_sizes_of_a_mesh():
     assert batch_shards(make_mesh(data=2, fsdp=2, tensor=2)) == 4
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [

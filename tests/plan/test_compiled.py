@@ -146,6 +146,7 @@ def test_devices_and_batch_are_those_asked_for():
         assert sharding.device_set <= set(jax.devices()[:4])
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
@@ -159,6 +160,7 @@ def test_what_cannot_be_planned(keys, text):
         tiny_plan(**keys)
 
 
+@pytest.mark.eight_devices
 def test_inner_rows_have_a_size_of_their_own():
     own = {**KINDS["reference and SFT rows in the step"]}
     own["train"] = {**TREE["train"], "inner_batch_size": 20}

@@ -91,6 +91,7 @@ def test_every_kind_of_device_is_a_chip_of_the_table():
     assert chip_of("Abacus") is None
 
 
+@pytest.mark.eight_devices
 def test_simulated_devices_stand_in():
     machine = describe_machine("gpu:4", chip="h100")
     assert (len(machine.devices), machine.stand_in, machine.chip.name) == (4, True, "h100")

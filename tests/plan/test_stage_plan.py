@@ -16,6 +16,8 @@ from spo_jax.plan.counts import Unreadable
 from spo_jax.plan.estimate import EFFICIENCY, model_flops, roofline
 from tests.tiny import ARCHITECTURE
 
+pytestmark = pytest.mark.eight_devices
+
 MODEL = {**ARCHITECTURE, "vocab_size": 64}
 DATA = {"train": "nowhere.jsonl", "max_prompt_length": 12, "max_completion_length": 8}
 TREE = {

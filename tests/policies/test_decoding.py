@@ -365,6 +365,7 @@ def test_inside_a_compiled_function_no_row_is_dropped(load, monkeypatch):
     np.testing.assert_array_equal(inside(params, tokens, mask), stopped)
 
 
+@pytest.mark.on_cpu
 def test_matrices_are_cast_once():
     model = tiny_model(compute_dtype="bfloat16")
     params = model.decode_params(tiny_params(model))

@@ -132,6 +132,7 @@ def test_with_many_tokens_the_head_is_gathered_and_once(monkeypatch, capfd):
     assert len(summed) == 1, "the head's gradient, after the last chunk"
 
 
+@pytest.mark.eight_devices
 def test_how_the_head_is_cut():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     few, many = (8, 2, 10), (8, 2, 1000)
@@ -149,6 +150,7 @@ def test_how_the_head_is_cut():
         assert nothing == logprobs._Cut()
 
 
+@pytest.mark.eight_devices
 def test_the_warning_is_written_where_it_is_looked_for(capfd):
     """Else its absence above would say nothing. Two axes of 2 and 3 are swapped."""
     mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("a", "b"))
