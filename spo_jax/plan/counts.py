@@ -17,6 +17,7 @@ from spo_jax.plan.hlo import (
     Module,
     Visit,
     called,
+    is_fusion,
     read_module,
     unknown_loops,
     visits,
@@ -197,9 +198,11 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
 
 
 def _kernel_flops(computation: Computation, call: Instruction) -> int | None:
-    """Of a Pallas kernel its own estimate, of splash and a library's product what shapes say."""
+    """Of a Pallas kernel its own estimate, of attention and a library's product what shapes say."""
     if found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", call.name + call.attributes):
         return _splash_flops(computation.operands(call), found[1])
+    if found := re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', call.attributes):
+        return _cudnn_flops(computation.operands(call), call.attributes, found[1] is not None)
     if found := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', call.attributes):
         return int(found[1])
     contracted = re.search(r'"lhs_contracting_dimensions":\["(\d+)"', call.attributes)
@@ -207,6 +210,18 @@ def _kernel_flops(computation: Computation, call: Instruction) -> int | None:
         return None
     left = computation.instructions[call.operands[0]].arrays[0].dims
     return 2 * math.prod(call.arrays[0].dims) * left[int(contracted[1])]
+
+
+def _cudnn_flops(operands: list[Array], attributes: str, backward: bool) -> int:
+    """Of cuDNN's attention: two products forward, five backward; of a causal mask one half.
+
+    Queries ``[B, T, H, d]`` and keys ``[B, S, K, d]`` are the first operands.
+    """
+    (batch, length, heads, width), keys = operands[0].dims, operands[1].dims[1]
+    pairs = length * keys
+    if re.search(r'"mask_type":"\w*CAUSAL', attributes):
+        pairs //= 2
+    return (5 if backward else 2) * 2 * batch * heads * width * pairs
 
 
 def _splash_flops(operands: list[Array], part: str) -> int:
@@ -243,7 +258,7 @@ def _traffic(module: Module, visit: Visit) -> int:
         # The results name source and destination, in either order, and a token.
         ends = instruction.arrays[:2]
         return min(a.bytes for a in ends) * sum(a.memory == 0 for a in ends)
-    if opcode == "fusion" and len(called(instruction)) == 1:
+    if is_fusion(instruction) and len(called(instruction)) == 1:
         return _fusion_traffic(module, instruction)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _main(instruction.arrays)
@@ -273,7 +288,9 @@ def _fusion_traffic(module: Module, fusion: Instruction) -> int:
             total += _main(parameter.arrays)
     root = inside.source(inside.root)
     parts = [inside.source(n) for n in root.operands] if root.opcode == "tuple" else [root]
-    for part, array in zip(parts, fusion.arrays, strict=False):
+    # What is only started names its operands, too, among its arrays.
+    arrays = fusion.arrays if fusion.opcode == "fusion" else inside.instructions[inside.root].arrays
+    for part, array in zip(parts, arrays, strict=False):
         if array.memory:
             continue
         updated = part.opcode == "dynamic-update-slice"

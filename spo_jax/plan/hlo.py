@@ -181,6 +181,11 @@ def called(instruction: Instruction) -> list[str]:
     return []
 
 
+def is_fusion(instruction: Instruction) -> bool:
+    """Whether its inside is one kernel; on a GPU it may be started here and ended elsewhere."""
+    return instruction.opcode in ("fusion", "fusion-start")
+
+
 def visits(module: Module) -> Iterator[Visit]:
     """Every instruction that is run, with how often; of a conditional every branch is.
 
@@ -192,7 +197,7 @@ def visits(module: Module) -> Iterator[Visit]:
         computation = module.computations[name]
         for instruction in computation.instructions.values():
             yield Visit(computation, instruction, times, frame, fused)
-            inside = fused or instruction.opcode == "fusion"
+            inside = fused or is_fusion(instruction)
             turns = 1
             if instruction.opcode == "while":
                 turns = trip_count(module, computation, instruction) or 1

@@ -47,7 +47,8 @@ def generate(
     with ``fold_in(keys[row], t)``, so what is drawn for a prompt does not depend on which
     rows are beside it; from the ``top_k`` likeliest tokens, of these from the fewest that
     hold ``top_p`` of their mass at that temperature (``truncate``). Stops when every row has
-    its EOS; those that have it leave the batch when half of its rows would do (``row_steps``).
+    its EOS; those that have it leave the batch when half of its rows would do (``row_steps``),
+    where that is worth compiling for the rest (``worth_steps``).
     The cache grows in a few steps (``room_steps``), each compiled once a shape, so that short
     completions do not attend to the room that long ones would need. Where the logits of a row
     are not finite its token is ``NOT_FINITE`` and it ends.
@@ -80,7 +81,7 @@ def generate(
     dropped, step, live = None, 1, B
     for room in rooms:
         while step < room and live:
-            if max_new_tokens - step < _WORTH_STEPS:
+            if max_new_tokens - step < worth_steps(model.mesh):
                 sizes = sizes[:1]
             while len(sizes) > 1 and live <= sizes[1]:
                 sizes = sizes[1:]
@@ -121,8 +122,14 @@ def check_sampling(
 
 _FIRST_ROOM = 128
 
-_WORTH_STEPS = 32
-"""With fewer tokens to come, compiling for a smaller batch takes longer than it saves."""
+
+def worth_steps(mesh: Mesh | None) -> int:
+    """With fewer tokens to come, compiling for a smaller batch takes longer than it saves.
+
+    An accelerator reads all weights at every step, for many rows as for few: milliseconds, and to
+    compile takes seconds.
+    """
+    return 32 if platform(mesh) == "cpu" else 1024
 
 
 def room_steps(max_new_tokens: int) -> tuple[int, ...]:

@@ -322,3 +322,61 @@ def test_everything_is_counted_at_once():
     assert found.products == products(module)
     assert found.collectives == collectives(module)
     assert (found.memory_traffic, found.unknown_loops) == (memory_traffic(module), 0)
+
+
+GPU = """\
+HloModule jit_step
+
+%into (p.0: bf16[28,64,32], p.1: s32[], p.2: bf16[64,32]) -> bf16[28,64,32] {
+  %p.0 = bf16[28,64,32]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %p.2 = bf16[64,32]{1,0} parameter(2)
+  %row = bf16[1,64,32]{2,1,0} bitcast(%p.2)
+  %zero = s32[] constant(0)
+  ROOT %put = bf16[28,64,32]{2,1,0} dynamic-update-slice(%p.0, %row, %p.1, %zero, %zero)
+}
+
+%from (q.0: f32[28,64], q.1: s32[]) -> f32[1,64] {
+  %q.0 = f32[28,64]{1,0} parameter(0)
+  %q.1 = s32[] parameter(1)
+  %first = s32[] constant(0)
+  ROOT %cut = f32[1,64]{1,0} dynamic-slice(%q.0, %q.1, %first), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (stack: bf16[28,64,32], i: s32[], x: bf16[64,32], scales: f32[28,64]) -> bf16[28,64,32] {
+  %stack = bf16[28,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[64,32]{1,0} parameter(2)
+  %scales = f32[28,64]{1,0} parameter(3)
+  %begin.1 = ((f32[28,64]{1,0}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%scales, %i), kind=kLoop, calls=%from
+  %end.1 = f32[1,64]{1,0} fusion-done(%begin.1)
+  %begin.2 = ((bf16[28,64,32]{2,1,0}, s32[], bf16[64,32]{1,0}), bf16[28,64,32]{2,1,0}, u32[]) fusion-start(%stack, %i, %x), kind=kLoop, calls=%into
+  ROOT %end.2 = bf16[28,64,32]{2,1,0} fusion-done(%begin.2)
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_that_is_only_started_is_one_kernel_too():
+    """As an H100's program has them: a row of a stack read, and one written in place."""
+    index, row, scales = 4, 64 * 32 * 2, 64 * 4
+    read, written = (scales + index) + scales, (index + row) + row
+    assert memory_traffic(read_module(GPU)) == read + written
+
+
+@pytest.mark.parametrize(("mask", "pairs"), [("CAUSAL", 512 * 512 // 2), ("NO_MASK", 512 * 512)])
+def test_cudnn_attention_counts_its_products(mask, pairs):
+    """Two forward; five backward, where scores are computed again."""
+    said = f'backend_config={{"bmm1":{{"lhs_contracting_dimensions":["3"]}},"mask_type":"{mask}"}}'
+    text = f"""\
+HloModule jit_step
+
+ENTRY %main (q: bf16[16,512,12,128], k: bf16[16,512,2,128]) -> bf16[16,12,512,128] {{
+  %q = bf16[16,512,12,128]{{3,2,1,0}} parameter(0)
+  %k = bf16[16,512,2,128]{{3,2,1,0}} parameter(1)
+  ROOT %out = (bf16[16,12,512,128]{{3,1,2,0}}, f32[16,12,512]{{2,1,0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", {said}
+}}
+"""  # noqa: E501
+    once = 2 * 16 * 12 * 128 * pairs
+    assert products(read_module(text)).flops == 2 * once
+    backward = text.replace("BiasSoftmax", "BiasSoftmaxBackward")
+    assert products(read_module(backward)).flops == 5 * once

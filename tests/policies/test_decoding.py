@@ -15,6 +15,7 @@ from spo_jax.policies.completions import complete
 from spo_jax.policies.decoding import NOT_FINITE, generate, room_steps, truncate
 from tests.data.tiny_data import make_char_tokenizer
 from tests.models.make_fixtures import transformers_model
+from tests.models.test_splash import mesh_of
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
 from tests.tiny import ARCHITECTURE, tiny_model, tiny_params
 
@@ -316,7 +317,7 @@ def check_dropping(monkeypatch, model, params, rows, temperature, mesh=None):
         return drop(*args, size=size, groups=groups)
 
     monkeypatch.setattr(decoding, "_drop", spy)
-    monkeypatch.setattr(decoding, "_WORTH_STEPS", 0)
+    monkeypatch.setattr(decoding, "worth_steps", lambda mesh: 0)
     monkeypatch.setattr(decoding, "_FIRST_ROOM", 4)
     monkeypatch.setattr("spo_jax.policies.live_rows._FEWEST", 1)
     np.testing.assert_array_equal(ending_early(model, params, rows, temperature, mesh)[0], whole)
@@ -359,7 +360,7 @@ def test_inside_a_compiled_function_no_row_is_dropped(load, monkeypatch):
     ends = tuple(int(i) for i in greedy(model, params, tokens, mask)[:2, 1])
     stopped = greedy(model, params, tokens, mask, eos_ids=ends)
     monkeypatch.setattr("spo_jax.policies.live_rows._FEWEST", 1)
-    monkeypatch.setattr(decoding, "_WORTH_STEPS", 0)
+    monkeypatch.setattr(decoding, "worth_steps", lambda mesh: 0)
     settings = {"max_new_tokens": NEW, "temperature": 0.0, "eos_ids": ends}
     inside = jax.jit(lambda p, t, m: generate(model, p, t, m, **settings))
     np.testing.assert_array_equal(inside(params, tokens, mask), stopped)
@@ -393,3 +394,8 @@ def test_nothing_is_drawn_from_logits_that_are_no_numbers(temperature):
     keys = None if keys is None else jax.random.key_data(keys)
     found = generate(model, spoiled, tokens, mask, eos_ids=(2,), pad_id=7, keys=keys, **settings)
     assert found.tolist() == [[NOT_FINITE, 7, 7]] * 2
+
+
+def test_an_accelerator_compiles_for_fewer_rows_only_when_much_is_to_come():
+    assert decoding.worth_steps(None) == (32 if jax.default_backend() == "cpu" else 1024)
+    assert decoding.worth_steps(mesh_of("gpu")) == decoding.worth_steps(mesh_of("tpu")) == 1024
