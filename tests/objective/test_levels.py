@@ -142,6 +142,7 @@ def test_outer_and_inner_are_the_parts_of_both():
         np.testing.assert_allclose(built.inner(PARAMS, batch)[0], gap, rtol=1e-5)
 
 
+@pytest.mark.on_cpu  # two programs: elsewhere they may round a number differently
 def test_weight_zero_is_preference_only_bit_for_bit():
     batch = BilevelBatch(random_batch())
     plain = make_preference_only(outer=optax.adamw(1e-3))
