@@ -87,6 +87,10 @@ def check_loss(loss: Named) -> None:
                 f"{key}.weight={weight!r}: each loss of a list needs its weight, a positive number"
             )
         _check_one_loss(key, _unweighted(member))
+    try:
+        bound_loss(loss)
+    except ValueError as error:
+        raise ConfigError(f"loss: {error}") from None
 
 
 def bound_loss(loss: Named) -> PreferenceLoss:
@@ -111,9 +115,10 @@ def _unweighted(member: Mapping[str, Any]) -> Named:
 def _check_one_loss(key: str, loss: Named) -> None:
     check_options(key, loss, loss_function(loss.name, key))
     if loss.name in LOSSES:
-        # What a loss says of its settings' ranges, before a model is read.
-        bound, scalar = bound_loss(loss), jnp.zeros((1,))
-        pair, statistics = PairLogprobs(*[scalar] * 4), alphadpo_init_statistics()
+        # What a loss says of its settings' ranges, before a model is read. Shapes alone: to check
+        # a configuration is no reason to take a device, and memory of it.
+        bound, scalar = bound_loss(loss), jax.ShapeDtypeStruct((1,), jnp.float32)
+        pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
         try:
             jax.eval_shape(bound.loss, pair, pair, statistics)
             jax.eval_shape(bound.rewards, pair, pair)

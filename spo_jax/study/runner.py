@@ -20,6 +20,13 @@ from spo_jax.study.worker import LOG_FILE, RESULT_FILE, CellFailed, run_cell, se
 
 Say: TypeAlias = Callable[[str], None]
 
+GPU_SHARE = 0.88
+"""Of a GPU's memory, shared by the runs that go at once. The rest is for what each process holds
+beside its arrays (context and kernels, about half a gigabyte)."""
+
+_FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+
 TELL_SECONDS = 60.0
 """Without a finished run for so long, it is said how far those under way are."""
 
@@ -85,8 +92,9 @@ def run_study(
         rest = (len(left) - finished) * (time.perf_counter() - began) / finished
         accuracy = outcome["metrics"].get("accuracy")
         shown = "" if accuracy is None else f" {100 * accuracy:.1f} %"
+        so_far = len(done) + finished - len(failed)
         say(
-            f"[{len(done) + finished}/{total}] {cell.name}:{shown} in {outcome['seconds']:.0f} s; "
+            f"[{so_far}/{total}] {cell.name}:{shown} in {outcome['seconds']:.0f} s; "
             f"about {rest / 60:.0f} min left"
         )
 
@@ -140,17 +148,22 @@ def _one_by_one(
 def _at_once(
     study: StudyConfig, left: list[Cell], done: set[Path], compiled: Path, say: Say
 ) -> Iterator[tuple[Cell, Any]]:
-    """Worker processes, each with its share of a CPU's cores; a start goes before its runs."""
+    """Worker processes, each with its share of a CPU's cores or of a GPU's memory.
+
+    A start goes before its runs.
+    """
     on_cpu = _check_devices(study.jobs) == "cpu"
+    workers = min(study.jobs, len(left))
     starts = start_cells(study)
     ready = done.copy()
     waiting, lost = list(left), set()
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
-    for share in _shares(study.jobs) if on_cpu else [None] * study.jobs:
+    for share in _shares(workers) if on_cpu else [None] * workers:
         cores.put(share)
+    memory = None if on_cpu else GPU_SHARE / workers
     with ProcessPoolExecutor(
-        study.jobs, mp_context=context, initializer=_begin, initargs=(cores, compiled)
+        workers, mp_context=context, initializer=_begin, initargs=(cores, memory, compiled)
     ) as pool:
         running: dict[Future, Cell] = {}
         while waiting or running:
@@ -198,12 +211,8 @@ def _last_line(log: Path) -> str:
 
 
 def _check_devices(jobs: int) -> str:
-    """``cpu`` or ``gpu``; several processes cannot share others. On a GPU none takes all memory."""
-    import jax
-
-    # Read when the devices are first asked for, here and by the workers.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    backend = jax.default_backend()
+    """``cpu`` or ``gpu``; several processes cannot share others."""
+    backend = _backend_of_workers()
     if backend not in ("cpu", "gpu"):
         raise ValueError(
             f"jobs={jobs} on {backend}: processes cannot share the accelerators. Set jobs: 1, its "
@@ -212,8 +221,31 @@ def _check_devices(jobs: int) -> str:
     return backend
 
 
-def _begin(cores: Any, compiled: Path) -> None:
+def _backend_of_workers() -> str:
+    """Asked in a process that ends at once: this one is to hold no memory of a device."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return "cpu"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_share_device) as pool:
+        return pool.submit(_backend).result()
+
+
+def _backend() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def _begin(cores: Any, memory: float | None, compiled: Path) -> None:
+    _share_device(memory)
     set_up(cores.get(), compiled)
+
+
+def _share_device(memory: float | None = None) -> None:
+    """Before JAX takes a device: no memory ahead of need, at most this share. The user's win."""
+    os.environ.setdefault(_PREALLOCATE, "false")
+    if memory is not None and not any(os.environ.get(name) for name in _FRACTIONS):
+        os.environ[_FRACTIONS[0]] = f"{memory:.4f}"
 
 
 def _shares(jobs: int) -> list[tuple[int, ...] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import shutil
@@ -69,6 +70,7 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
     cell.folder.mkdir(parents=True, exist_ok=True)
     log = cell.folder / LOG_FILE
     started = time.perf_counter()
+    failed = ""
     try:
         with _output_to(log):
             try:
@@ -77,8 +79,10 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
                 traceback.print_exc()
                 raise
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise CellFailed(f"{cell.name}: {said[0]} (the whole of it: {log})") from None
+        failed = f"{cell.name}: {_in_words(error, study.jobs)} (the whole of it: {log})"
+    gc.collect()  # arrays in circles of references: the next run needs the device's memory
+    if failed:  # not from within: the error's frames would keep its arrays alive
+        raise CellFailed(failed)
     _, broken = without_nan(metrics)
     if broken:
         raise CellFailed(
@@ -96,6 +100,26 @@ def run_cell(study: StudyConfig, cell: Cell) -> dict[str, Any]:
         for weights in (STEPS, REFERENCE):
             shutil.rmtree(cell.folder / weights, ignore_errors=True)
     return result
+
+
+_DEVICE_IS_FULL = ("RESOURCE_EXHAUSTED", "out of memory", "unable to initialize backend")
+
+
+def _in_words(error: Exception, jobs: int) -> str:
+    """The first line of an error; of a device without memory also what to do."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if not any(sign.lower() in str(error).lower() for sign in _DEVICE_IS_FULL):
+        return said[0]
+    mend = (
+        f"fewer --jobs (now {jobs})"
+        if jobs > 1
+        else "a smaller batch_size or more gradient_accumulation"
+    )
+    return (
+        f"{said[0]} The device seems to have too little memory for this run and what else is on "
+        f"it: take {mend}, and see that no other process holds it. The same command takes the "
+        "run up again"
+    )
 
 
 def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:

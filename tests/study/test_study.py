@@ -1,7 +1,6 @@
 """The grid of a study: its cells, what is refused, running, resuming, failing, evidence."""
 
 import json
-import os
 
 import jax
 import pytest
@@ -11,7 +10,7 @@ from spo_jax.cli import main
 from spo_jax.config.parsing import ConfigError
 from spo_jax.study import read_evidence, read_study, run_study
 from spo_jax.study.grid import resolved, run_cells, start_cells
-from spo_jax.study.runner import _check_devices, _last_line, _shares, read_result
+from spo_jax.study.runner import _last_line, _shares, read_result
 from spo_jax.study.worker import set_up
 from tests.tiny import ARCHITECTURE
 
@@ -158,18 +157,6 @@ def test_cores_are_shared_evenly(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}, raising=False)
     assert _shares(2) == [(0, 2, 4), (1, 3)]
     assert _shares(6) == [None] * 6
-
-
-@pytest.mark.parametrize(("backend", "fits"), [("cpu", True), ("gpu", True), ("tpu", False)])
-def test_processes_share_a_gpu_but_no_tpu(monkeypatch, backend, fits):
-    monkeypatch.setattr("jax.default_backend", lambda: backend)
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-    if fits:
-        assert _check_devices(3) == backend
-        assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    else:
-        with pytest.raises(ValueError, match=r"jobs=3 on tpu.*jobs: 1"):
-            _check_devices(3)
 
 
 def test_how_far_a_run_is_is_the_last_that_it_said(tmp_path):
