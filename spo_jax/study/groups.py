@@ -25,7 +25,7 @@ from spo_jax.study.records import (
     Study,
     by_seed,
     cell,
-    is_finished,
+    has_several_seeds,
     losses_of,
     starts_of,
     unswept_variants_of,
@@ -187,7 +187,7 @@ def _levels(axes: Axes, study: Study, start: str, metric: str, *, named: bool) -
 
 def _spread(study: Study) -> list[Artist]:
     """Legend entries of what several seeds add."""
-    if len({record.seed for record in study.records if is_finished(record)}) < 2:
+    if not has_several_seeds(study):
         return []
     bar = Line2D([], [], color=INK, linestyle="", marker="|", markersize=9, markeredgewidth=1.3)
     bar.set_label("± standard error")

@@ -33,7 +33,14 @@ from spo_jax.study.looks import (
     of_start,
     variant_entries,
 )
-from spo_jax.study.records import Study, by_seed, losses_of, starts_of, unswept_variants_of
+from spo_jax.study.records import (
+    Study,
+    by_seed,
+    has_several_seeds,
+    losses_of,
+    starts_of,
+    unswept_variants_of,
+)
 
 Curves = Mapping[Path, RunCurves]
 
@@ -79,9 +86,10 @@ def log_ratio_figure(study: Study, curves: Curves) -> Figure | None:
 
 
 def accuracy_over_time_figure(study: Study, curves: Curves) -> Figure | None:
-    """Exact answers over updates, where they were graded on the way."""
+    """Exact answers over updates, where they were graded on the way and not at the end alone."""
     panels = _panels(study, curves, lambda run: run.heldout.get("accuracy"))
-    if not panels:
+    every = [curve for found in panels.values() for runs in found.values() for curve in runs]
+    if all(len(curve.steps) < 2 for curve in every):
         return None
     figure, axes = make_panels("Exact answers on the way, in %", len(panels))
     look = level_looks(study)[study.start_row]
@@ -165,7 +173,7 @@ def _mean(seeds: list[Curve]) -> Curve:
 
 def _thin(study: Study) -> list[Line2D]:
     """Legend entries of the thin and the strong lines, where seeds are drawn one by one."""
-    if len({r.seed for r in study.records}) < 2:
+    if not has_several_seeds(study):
         return []
     return [
         Line2D([], [], color=FAINT_INK, linewidth=0.8, alpha=0.6, label="one seed"),

@@ -78,7 +78,9 @@ FIGURES = {
     "sensitivity": Drawing(
         _alone(sensitivity_figure),
         "How much the result depends on the setting: a wide plateau needs no search. Mean over "
-        "the seeds of the exact answers in %.",
+        "the seeds of the exact answers; where nothing is graded, of the held-out pairs that the "
+        "method's own reward puts in order, and of the chosen completions' log-ratio (in nats; "
+        "below 0: less likely than under the start).",
     ),
     "starts": Drawing(
         _alone(starts_figure),

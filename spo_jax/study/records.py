@@ -145,6 +145,15 @@ def by_seed(study: Study, start: str, row: str) -> dict[int, Record]:
     return {seed: found[seed] for seed in seeds_of(study) if seed in found}
 
 
+def has_several_seeds(study: Study) -> bool:
+    """Whether some loss and variant without swept values has finished with several seeds."""
+    seeds: dict[tuple[str, str], int] = {}
+    for r in study.records:
+        if r.loss is not None and not r.point and is_finished(r):
+            seeds[r.start, r.row] = seeds.get((r.start, r.row), 0) + 1
+    return any(count > 1 for count in seeds.values())
+
+
 def cell(study: Study, start: str, loss: str, variant: str) -> dict[int, Record]:
     """The finished runs of a loss and variant without swept values, ``{seed: record}``."""
     for r in study.records:

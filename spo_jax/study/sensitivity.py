@@ -1,4 +1,4 @@
-"""How the accuracy depends on swept settings: lines over one, a heat map over two."""
+"""How the result depends on swept settings: lines over one, a heat map over two."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from spo_jax.study.looks import (
     of_start,
 )
 from spo_jax.study.records import Record, Study, by_seed, cell, starts_of
+from spo_jax.study.statistics import Mean
 
 _SHADES = colormaps["cividis"]
 
@@ -36,37 +37,62 @@ class _Family(NamedTuple):
     points: dict[tuple[float, ...], dict[int, Record]]
 
 
+class _Quantity(NamedTuple):
+    """A metric as it is drawn: times ``scale``, as numbers of ``form`` in a heat map."""
+
+    metric: str
+    name: str
+    label: str
+    scale: float = 1.0
+    form: str = "{:.1f}"
+
+
+_ANSWERS = _Quantity("accuracy", "Exact answers (%)", "exact answers (%)", 100.0)
+_PREFERENCES = (
+    _Quantity("rewards/accuracies", "Preference accuracy (%)", "pairs in order (%)", 100.0),
+    _Quantity("log_ratio/chosen", "chosen log-ratio", "chosen log-ratio", form="{:+.2f}"),
+)
+"""Of a study whose answers are not graded."""
+
+
 def sensitivity_figure(study: Study) -> Figure | None:
     """Exact answers over one or two swept settings; families of more are left to the table.
 
-    A panel a start, loss and swept setting, with a line a variant; or a panel a start, loss and
-    variant with two swept settings.
+    Where no swept run has graded answers: held-out preference accuracy, by the reward, and the
+    chosen completions' log-ratio. A panel a quantity, start, loss and swept setting, with a line
+    a variant; or a panel a quantity, start, loss and variant with two swept settings.
     """
     families = [f for f in _families(study) if len(f.keys) < 3]
+    shown = [_ANSWERS] if any(_means(f, _ANSWERS) for f in families) else list(_PREFERENCES)
     groups: dict[tuple, list[_Family]] = {}
-    for family in families:
-        alone = family.variant if len(family.keys) == 2 else ""
-        groups.setdefault((family.start, family.loss, family.keys, alone), []).append(family)
+    for quantity in shown:
+        for family in families:
+            if _means(family, quantity):
+                alone = family.variant if len(family.keys) == 2 else ""
+                name = (quantity, family.start, family.loss, family.keys, alone)
+                groups.setdefault(name, []).append(family)
     if not groups:
         return None
-    keys = list(dict.fromkeys(_short(k) for f in families for k in f.keys))
-    maps = any(len(f.keys) == 2 for f in families)
+    drawn = [family for group in groups.values() for family in group]
+    keys = list(dict.fromkeys(_short(k) for f in drawn for k in f.keys))
+    maps = any(len(f.keys) == 2 for f in drawn)
+    names = " and ".join(q.name for q in dict.fromkeys(q for q, *_ in groups))
     figure, panels = make_panels(
-        f"Exact answers (%) over {' and '.join(keys)}", len(groups),
+        f"{names} over {' and '.join(keys)}", len(groups),
         height=3.0 if maps else 2.7, columns=1 if len(groups) == 1 else 2,
     )  # fmt: skip
-    means = [m.mean for f in families for m in _means(f).values()]
-    limits = Limits()
-    for axes, group in zip(panels, groups.values(), strict=True):
+    limits = {quantity: Limits() for quantity in shown}
+    for axes, ((quantity, *_), group) in zip(panels, groups.items(), strict=True):
         if len(group[0].keys) == 2:
-            _heat(axes, study, group[0], min(means), max(means))
+            _heat(axes, study, group[0], quantity, _range(drawn, quantity))
         else:
-            _lines(axes, study, group, limits)
-    for axes, (*_, alone) in zip(panels, groups, strict=True):
+            _lines(axes, study, group, quantity, limits[quantity])
+    for axes, (quantity, *_, alone) in zip(panels, groups, strict=True):
         if not alone:
-            axes.set_ylim(*limits.bounds())
-    if any(len(f.keys) == 1 for f in families):
-        legend(figure, *_entries(study, [f for f in families if len(f.keys) == 1]))
+            axes.set_ylim(*limits[quantity].bounds())
+    over_one = [(q, f) for (q, *_), group in groups.items() for f in group if len(f.keys) == 1]
+    if over_one:
+        legend(figure, *_entries(study, over_one))
     return figure
 
 
@@ -86,20 +112,29 @@ def _families(study: Study) -> list[_Family]:
     )
 
 
-def _means(family: _Family) -> dict[tuple[float, ...], object]:
-    found = {at: mean_of(runs, "accuracy", 100.0) for at, runs in family.points.items()}
+def _means(family: _Family, quantity: _Quantity) -> dict[tuple[float, ...], Mean]:
+    found = {
+        at: mean_of(runs, quantity.metric, quantity.scale) for at, runs in family.points.items()
+    }
     return {at: mean for at, mean in found.items() if mean is not None}
+
+
+def _range(families: list[_Family], quantity: _Quantity) -> tuple[float, float]:
+    """The lowest and the highest mean: all heat maps of a quantity share their shades."""
+    means = [m.mean for f in families for m in _means(f, quantity).values()]
+    return min(means), max(means)
 
 
 def _short(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("_", " ")
 
 
-def _levels(study: Study, start: str, loss: str) -> dict[str, object]:
-    """Mean accuracy of the start and of the baseline without swept values."""
+def _levels(study: Study, start: str, loss: str, quantity: _Quantity) -> dict[str, Mean]:
+    """The start's mean and that of the baseline without swept values."""
+    metric, scale = quantity.metric, quantity.scale
     found = {
-        study.start_row: mean_of(by_seed(study, start, study.start_row), "accuracy", 100.0),
-        study.baseline: mean_of(cell(study, start, loss, study.baseline), "accuracy", 100.0),
+        study.start_row: mean_of(by_seed(study, start, study.start_row), metric, scale),
+        study.baseline: mean_of(cell(study, start, loss, study.baseline), metric, scale),
     }
     return {name: mean for name, mean in found.items() if mean is not None}
 
@@ -110,10 +145,12 @@ def _level_look(study: Study, name: str) -> dict[str, object]:
     return {"color": colours(study)[name], "linewidth": 1.4, "linestyle": (0, (5, 2))}
 
 
-def _lines(axes: Axes, study: Study, group: list[_Family], limits: Limits) -> None:
+def _lines(
+    axes: Axes, study: Study, group: list[_Family], quantity: _Quantity, limits: Limits
+) -> None:
     tints = colours(study)
     for family in group:
-        means = _means(family)
+        means = _means(family, quantity)
         at = np.array([x for (x,) in means])
         heights = np.array([m.mean for m in means.values()])
         errors = np.array([m.error or 0.0 for m in means.values()])
@@ -122,19 +159,19 @@ def _lines(axes: Axes, study: Study, group: list[_Family], limits: Limits) -> No
         axes.errorbar(at, heights, errors, linestyle="", capsize=3.5, zorder=3, **look)
         limits.add([*(heights - errors), *(heights + errors)], robust=False)
     start, loss, _, (key,), _ = group[0]
-    for name, mean in _levels(study, start, loss).items():
+    for name, mean in _levels(study, start, loss, quantity).items():
         axes.axhline(mean.mean, zorder=1.5, label=f"_{name}", **_level_look(study, name))
         limits.add([mean.mean], robust=False)
     _scale(axes, sorted({x for family in group for (x,) in family.points}))
     axes.set_xlabel(_short(key))
-    axes.set_ylabel("exact answers (%)")
+    axes.set_ylabel(quantity.label)
     axes.set_title(literal(loss) + of_start(study, start), loc="left")
 
 
 def _scale(axes: Axes, values: list[float]) -> None:
-    """A tick at every value; logarithmic over more than a decade, around zero too."""
+    """A tick at every value; logarithmic over a decade or more, around zero too."""
     sizes = [abs(v) for v in values if v]
-    if sizes and max(sizes) > 10 * min(sizes):
+    if sizes and max(sizes) >= 10 * min(sizes):
         if min(values) > 0:
             axes.set_xscale("log")
         else:
@@ -144,8 +181,14 @@ def _scale(axes: Axes, values: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _heat(axes: Axes, study: Study, family: _Family, low: float, high: float) -> None:
-    means = _means(family)
+def _heat(
+    axes: Axes,
+    study: Study,
+    family: _Family,
+    quantity: _Quantity,
+    span: tuple[float, float],
+) -> None:
+    means, (low, high) = _means(family, quantity), span
     across, up = (sorted({at[i] for at in family.points}) for i in range(2))
     table = np.full((len(up), len(across)), np.nan)
     for (x, y), mean in means.items():
@@ -159,7 +202,7 @@ def _heat(axes: Axes, study: Study, family: _Family, low: float, high: float) ->
         known = np.isfinite(mean)
         light = known and (mean - low) / room > 0.5
         axes.text(
-            column, row, f"{mean:.1f}" if known else "–", ha="center", va="center",
+            column, row, quantity.form.format(mean) if known else "–", ha="center", va="center",
             color="black" if light or not known else "white", fontsize=9,
         )  # fmt: skip
     axes.grid(visible=False)
@@ -167,19 +210,22 @@ def _heat(axes: Axes, study: Study, family: _Family, low: float, high: float) ->
     axes.set_yticks(range(len(up)), [f"{y:g}" for y in up])
     axes.set_xlabel(_short(family.keys[0]))
     axes.set_ylabel(_short(family.keys[1]))
-    said = [f"{n} {m.mean:.1f}" for n, m in _levels(study, family.start, family.loss).items()]
+    levels = _levels(study, family.start, family.loss, quantity)
+    said = [f"{name} {quantity.form.format(mean.mean)}" for name, mean in levels.items()]
     head = literal(f"{family.loss} + {family.variant}") + of_start(study, family.start)
+    if quantity is not _ANSWERS:  # there it is the figure's name
+        head += f": {quantity.label}"
     axes.set_title("\n".join([head, literal(", ".join(said))]), loc="left")
 
 
-def _entries(study: Study, families: list[_Family]) -> list[list[Line2D]]:
+def _entries(study: Study, drawn: list[tuple[_Quantity, _Family]]) -> list[list[Line2D]]:
     tints = colours(study)
-    names = dict.fromkeys(f.variant for f in families)
-    several = any(len(runs) > 1 for f in families for runs in f.points.values())
+    names = dict.fromkeys(f.variant for _, f in drawn)
+    several = any(len(runs) > 1 for _, f in drawn for runs in f.points.values())
     spread = " (± standard error)" if several else ""
     lines = [Line2D([], [], color=tints[v], marker="o", label=literal(v) + spread) for v in names]
     found: Mapping[str, object] = {
-        name: None for f in families for name in _levels(study, f.start, f.loss)
+        name: None for q, f in drawn for name in _levels(study, f.start, f.loss, q)
     }
     levels = [Line2D([], [], label=literal(n), **_level_look(study, n)) for n in found]
     return [lines, levels]

@@ -128,6 +128,12 @@ def test_one_seed_has_no_whisker():
     assert not {"one seed", "± standard error"} & set(legend_texts(figure))
 
 
+def test_several_seeds_of_the_start_alone_are_not_in_the_legend():
+    some = [r for r in grid() if r.seed == 0 or r.row == "SFT"]
+    figure = draw("accuracy", study(some), {})
+    assert not {"one seed", "± standard error"} & set(legend_texts(figure))
+
+
 def test_a_missing_cell_is_a_dash_in_its_place():
     [axes] = draw("accuracy", study([r for r in grid() if r.row != "DPO + SPO"]), {}).axes
     [dash] = [t for t in axes.texts if t.get_text() == MISSING]
@@ -267,6 +273,13 @@ def test_accuracy_over_updates(logged):
     assert axes.get_ylim()[0] < 85.0
 
 
+def test_answers_graded_at_the_end_alone_are_no_curve(tmp_path):
+    whole = study([record("DPO", 0, 0.5, folder=tmp_path)])
+    once, twice = (curves_of("x", steps=at, held=[0.5] * len(at)) for at in ([40], [20, 40]))
+    assert draw("accuracy_over_time", whole, {tmp_path: once}) is None
+    assert draw("accuracy_over_time", whole, {tmp_path: twice}) is not None
+
+
 def test_the_axis_of_log_ratios_reaches_zero(tmp_path):
     far = record("DPO", 0, 0.5, folder=tmp_path)
     curves = {tmp_path: curves_of("far", steps=[1, 2, 3], train=[5.0, 6.0, 7.0])}
@@ -338,6 +351,7 @@ def test_a_line_over_one_setting():
     [
         ([1, 2, 4], "linear"),
         ([0.1, 1, 10], "log"),
+        ([1, 3, 10], "log"),
         ([-0.05, 0, 0.05], "linear"),
         ([-0.1, -0.001, 0, 0.001, 0.1], "symlog"),
         ([0, 0.1, 10], "symlog"),

@@ -129,6 +129,28 @@ def test_pictures_without_data_any_more_go(tmp_path):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
 
 
+def test_a_picture_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
+    def broken(study, curves):
+        raise TypeError("no <limits>")
+
+    def unread(study):
+        raise OSError("curves gone")
+
+    before = make_study_page(study(grid()), tmp_path)
+    monkeypatch.setitem(FIGURES, "accuracy", FIGURES["accuracy"]._replace(make=broken))
+    monkeypatch.setattr(results_page, "read_curves", unread)
+    seen = read(make_study_page(study(grid()), tmp_path))
+    [row] = [row for row in seen.rows if row[0] == "pictures that could not be drawn"]
+    assert row[1:] == [
+        "all curves over updates (OSError: curves gone); accuracy (TypeError: no <limits>)"
+    ]
+    assert len(seen.images) == 2
+    assert not (before.parent / "figures" / "accuracy.png").exists(), "it is of other results"
+    assert "96.0 ± 0.6" in (tmp_path / "table.md").read_text()
+    said = capsys.readouterr().err
+    assert "accuracy (TypeError: no <limits>). The tables are whole" in said
+
+
 def test_texts_are_escaped(tmp_path):
     evil = study([record(EVIL, 0, 0.5, place=(EVIL, EVIL, {}))], rows=(EVIL,), title=EVIL)
     evil = evil._replace(command=EVIL, facts={EVIL: EVIL}, baseline=EVIL)
