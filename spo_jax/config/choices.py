@@ -97,7 +97,9 @@ def bound_loss(loss: Named) -> PreferenceLoss:
     """The loss that is asked for with its hyper-parameters bound; a list becomes their mixture."""
     if loss.name == MIXTURE:
         parts = loss.options["losses"]
-        return make_mixture([(part["weight"], bound_loss(_unweighted(part))) for part in parts])
+        return make_mixture(
+            [(float(part["weight"]), bound_loss(_unweighted(part))) for part in parts]
+        )
     fn = loss_function(loss.name)
     options = {
         # YAML's `beta: 1` is a whole number.

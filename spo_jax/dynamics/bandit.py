@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 from spo_jax.losses import (
     PreferenceLoss,
     alphadpo_init_statistics,
-    alphadpo_margin,
     alphadpo_update_statistics,
 )
 from spo_jax.losses.contract import PairLogprobs
@@ -88,8 +87,8 @@ def make_bandit_levels(
         policy, frozen = pairs(log_probabilities), pairs(reference)
         statistics = None
         if loss.needs_statistics:
-            margin = jax.lax.stop_gradient(alphadpo_margin(policy, frozen))
-            moments = jnp.mean(margin), jnp.mean(margin**2)
+            found = jax.lax.stop_gradient(loss.statistic(policy, frozen))
+            moments = jnp.mean(found), jnp.mean(found**2)
             statistics = alphadpo_update_statistics(alphadpo_init_statistics(), *moments)
         return jnp.mean(loss.loss(policy, frozen, statistics)), log_probabilities
 

@@ -24,6 +24,8 @@ from spo_jax.losses.margins import (
 from spo_jax.losses.pointwise import (
     apo_down_loss,
     apo_zero_loss,
+    bco_loss,
+    bco_middle,
     bco_pair_loss,
     cal_dpo_loss,
     nca_loss,
@@ -64,6 +66,8 @@ __all__ = [
     "alphapo_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "bco_loss",
+    "bco_middle",
     "bco_pair_loss",
     "bpo_loss",
     "c2_dpo_loss",
@@ -99,13 +103,15 @@ class PreferenceLoss(NamedTuple):
 
     ``loss(policy, reference, statistics, **context) -> [B]`` and ``rewards(policy,
     reference) -> ([B], [B])`` have one signature for all losses; the flags say what
-    they look at.
+    they look at. ``statistic(policy, reference) -> [B]`` is what ``statistics`` average, over the
+    pairs of an update and over updates.
     """
 
     loss: Callable[..., Any]
     rewards: Callable[..., Any]
     needs_reference: bool
     needs_statistics: bool
+    statistic: Callable[..., Any] = alphadpo_margin
 
 
 def _logprob_rewards(policy, reference):
@@ -129,6 +135,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "apo_down": (apo_down_loss, dpo_rewards),
     "nca": (nca_loss, dpo_rewards),
     "bco_pair": (bco_pair_loss, dpo_rewards),
+    "bco": (bco_loss, dpo_rewards),
     "sppo_hard": (sppo_hard_loss, _logprob_rewards),
     "robust_dpo": (robust_dpo_loss, dpo_rewards),
     "exo_pair": (exo_pair_loss, dpo_rewards),
@@ -141,6 +148,12 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "alphapo": (alphapo_loss, alphapo_rewards),
 }
 """NAME -> (loss, rewards)."""
+
+STATISTICS: dict[str, Callable[..., Any]] = {"bco": bco_middle}
+"""NAME -> what the loss keeps a running mean of, ``(policy, reference) -> [B]``.
+
+Others that take statistics, those of one's own too, have AlphaDPO's ``alphadpo_margin``.
+"""
 
 
 def _positional(fn: Callable[..., Any]) -> list[str]:
@@ -208,6 +221,7 @@ def make_preference_loss(
         rewards=call_rewards,
         needs_reference=arity >= 2,
         needs_statistics=arity >= 3,
+        statistic=STATISTICS.get(name, alphadpo_margin),
     )
 
 
@@ -217,13 +231,21 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
     TRL's list of ``loss_type`` with ``loss_weights``; MPO (arXiv 2411.10442) is one such mixture.
 
     Raises:
-        ValueError: no loss, or a weight that is not positive.
+        ValueError: no loss, a weight that is not positive, or losses that average different things.
     """
     if not losses:
         raise ValueError("a mixture of no losses: give at least one")
     bad = [weight for weight, _ in losses if not weight > 0]
     if bad:
         raise ValueError(f"a mixture with the weight {bad[0]}: use positive numbers")
+
+    averaged = {part.statistic for _, part in losses if part.needs_statistics}
+    if len(averaged) > 1:
+        names = ", ".join(sorted(fn.__name__ for fn in averaged))
+        raise ValueError(
+            f"a mixture of losses with running averages of different things ({names}): a run keeps "
+            "one. Leave one of these losses out"
+        )
 
     def loss(policy, reference=None, statistics=None, **values):
         parts = [w * part.loss(policy, reference, statistics, **values) for w, part in losses]
@@ -240,6 +262,7 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         rewards=rewards,
         needs_reference=any(part.needs_reference for part in parts),
         needs_statistics=any(part.needs_statistics for part in parts),
+        statistic=averaged.pop() if averaged else alphadpo_margin,
     )
 
 

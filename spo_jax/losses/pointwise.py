@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from spo_jax.losses.contract import PairLogprobs
 from spo_jax.losses.parts import log_ratios, mean_logprobs
+from spo_jax.losses.preference import MarginStatistics
 
 MOST_LOGPROB = -1e-6
 """ORPO's mean log-probs are held below: at 0 the odds are infinite."""
@@ -62,6 +63,26 @@ def bco_pair_loss(
     """
     chosen, rejected = log_ratios(policy, reference)
     return jax.nn.softplus(-beta * chosen) + jax.nn.softplus(beta * rejected)
+
+
+def bco_loss(
+    policy: PairLogprobs, reference: PairLogprobs, statistics: MarginStatistics, *, beta: float
+) -> Float[Array, "B"]:
+    """Binary classifier optimization: ``-log sigmoid(b r_w - d) - log sigmoid(d - b r_l)``.
+
+    ``b = beta``, and ``d`` is ``b`` times the running mean of ``bco_middle``, this batch included
+    and without gradient. Source: arXiv 2404.04656, eqs. 10 and 11, on pairs.
+    """
+    chosen, rejected = log_ratios(policy, reference)
+    weight = jnp.where(statistics.weight > 0, statistics.weight, 1)
+    shift = jax.lax.stop_gradient(beta * statistics.mean / weight)
+    return jax.nn.softplus(shift - beta * chosen) + jax.nn.softplus(beta * rejected - shift)
+
+
+def bco_middle(policy: PairLogprobs, reference: PairLogprobs) -> Float[Array, "B"]:
+    """``(r_w + r_l) / 2``, in nats, without gradient: what ``bco`` takes the running mean of."""
+    chosen, rejected = log_ratios(policy, reference)
+    return jax.lax.stop_gradient((chosen + rejected) / 2)
 
 
 def sppo_hard_loss(

@@ -22,14 +22,16 @@ from spo_jax.losses.contract import PairLogprobs
 from spo_jax.losses.parts import log_ratios, logistic_loss, mean_logprobs
 
 STATISTICS_DECAY = 0.9
-"""Decay of AlphaDPO's exponential averages (METHOD section 5)."""
+"""Decay of these exponential averages (METHOD section 5)."""
 
 MIN_STD = 1e-3
 """Floor of AlphaDPO's standard deviation, in nats per token: at policy = reference it is 0."""
 
 
 class MarginStatistics(NamedTuple):
-    """AlphaDPO's running mean and standard deviation of ``M``, bias-corrected on reading.
+    """The running mean and standard deviation of a loss's statistic, bias-corrected on reading.
+
+    AlphaDPO's is ``alphadpo_margin``, BCO's ``bco_middle``.
 
     Training state: checkpointed with the run and left alone by evaluation.
     """

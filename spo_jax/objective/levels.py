@@ -246,7 +246,7 @@ class _Step:
         return _Shared(denominators, self._statistics(params, batch, denominators))
 
     def _statistics(self, params, batch, denominators):
-        """AlphaDPO's statistics with this batch in.
+        """The statistics of a loss that has some, AlphaDPO's or BCO's, with this batch in.
 
         A single micro-batch finds its moments on the way; several need a forward pass of
         their own first, since the loss of each depends on all.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spo_jax.losses import PreferenceLoss, alphadpo_margin, chosen_hinge, token_mean_nll
+from spo_jax.losses import PreferenceLoss, chosen_hinge, token_mean_nll
 from spo_jax.losses.contract import PairLogprobs
 from spo_jax.objective.logprobs import (
     rows_in_flight,
@@ -157,9 +157,14 @@ class Binding:
         denominators: Denominators,
         reference_params: Params | None,
     ) -> tuple[Scalar, Scalar]:
-        """Contributions to the global mean of AlphaDPO's ``M`` and of its square."""
+        """Contributions to the global mean of the loss's statistic and of its square."""
         policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
-        return _margin_moments(policy, frozen, valid, denominators)
+        return self._statistic_moments(policy, frozen, valid, denominators)
+
+    def _statistic_moments(self, policy, frozen, valid, denominators) -> tuple[Scalar, Scalar]:
+        found = self.loss.statistic(policy, frozen)
+        rows = jnp.maximum(denominators.rows, 1)
+        return jnp.sum(valid * found) / rows, jnp.sum(valid * found**2) / rows
 
     def _reference_sums(self, batch: CompletionBatch, reference_params: Params | None):
         if self.reference == "online":
@@ -189,7 +194,7 @@ class Binding:
     def _pair_terms(self, params, pairs, denominators, statistics, reference_params) -> Terms:
         policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
         if callable(statistics):
-            statistics = statistics(_margin_moments(policy, frozen, valid, denominators))
+            statistics = statistics(self._statistic_moments(policy, frozen, valid, denominators))
         mean_length = denominators.chosen_tokens / jnp.maximum(denominators.rows, 1)
         mean_length = jnp.maximum(mean_length, 1)
         values = self.loss.loss(policy, frozen, statistics, mean_chosen_length=mean_length)
@@ -232,12 +237,6 @@ def _chosen_only(pairs: CompletionBatch) -> CompletionBatch:
         reference_logprobs=None if reference is None else reference[..., : CHOSEN + 1],
         segments=segments,
     )
-
-
-def _margin_moments(policy, frozen, valid, denominators) -> tuple[Scalar, Scalar]:
-    margin = alphadpo_margin(policy, frozen)
-    rows = jnp.maximum(denominators.rows, 1)
-    return jnp.sum(valid * margin) / rows, jnp.sum(valid * margin**2) / rows
 
 
 def _pair_metrics(loss: PreferenceLoss, policy: PairLogprobs, frozen: PairLogprobs | None):

@@ -541,6 +541,13 @@ def test_a_list_of_losses_is_their_mixture(tmp_path):
         (["dpo"], ["loss[0]='dpo'", "weight"]),
         ([MIXED[0], {"name": "dpo", "beta": 0.1}], ["loss[1].weight=None", "positive"]),
         ([{**MIXED[0], "weight": 0}], ["loss[0].weight=0", "positive"]),
+        (
+            [
+                {"name": "bco", "weight": 1, "beta": 0.1},
+                {"name": "alphadpo", "weight": 1, "beta": 1, "gamma_beta_ratio": 0, "alpha": 0},
+            ],
+            ["loss: a mixture of losses with running averages of different things"],
+        ),
         ([MIXED[0], {**MIXED[1], "alpha": 1}], ["loss[1].alpha would be ignored", "bco_pair"]),
         ([{"name": "dpo", "weight": 1}], ["dpo needs loss[0].beta"]),
         ([{**MIXED[0], "name": "simp"}], ["loss[0].name='simp'", "did you mean 'simpo'"]),

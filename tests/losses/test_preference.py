@@ -40,6 +40,7 @@ HYPER = {
     "apo_down": {"beta": 0.5},
     "nca": {"beta": 0.5},
     "bco_pair": {"beta": 0.5},
+    "bco": {"beta": 0.5},
     "sppo_hard": {"beta": 0.1},
     "robust_dpo": {"beta": 0.5, "flip_rate": 0.1},
     "exo_pair": {"beta": 0.5, "target_smoothing": 1e-3},
@@ -200,7 +201,7 @@ def test_label_smoothing_of_cpo_leaves_its_nll_alone():
 def test_label_smoothing_is_refused_where_it_has_no_meaning():
     refused = [name for name in LOSSES if name not in SMOOTHED]
     assert refused == [
-        *("ipo", "orpo", "apo_zero", "apo_down", "nca", "bco_pair", "sppo_hard"),
+        *("ipo", "orpo", "apo_zero", "apo_down", "nca", "bco_pair", "bco", "sppo_hard"),
         *("robust_dpo", "exo_pair", "cal_dpo", "c2_dpo"),
     ]
     for name in refused:
@@ -254,4 +255,4 @@ def test_a_loss_of_ones_own():
 def test_flags_follow_the_signature(name):
     loss = bound(name)
     assert loss.needs_reference == (name not in ("cpo", "simpo", "orpo", "alphapo"))
-    assert loss.needs_statistics == (name == "alphadpo")
+    assert loss.needs_statistics == (name in ("alphadpo", "bco"))

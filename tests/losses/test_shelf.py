@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.losses import LOSSES, dpo_loss, make_mixture, make_preference_loss
+from spo_jax.losses import (
+    LOSSES,
+    alphadpo_init_statistics,
+    alphadpo_update_statistics,
+    dpo_loss,
+    make_mixture,
+    make_preference_loss,
+)
 from tests.losses.test_preference import HYPER, POLICY, REFERENCE, log_sigmoid, pair
 
 
@@ -52,7 +59,40 @@ def test_hand_computed(name):
 
 def test_every_loss_has_a_value_by_hand():
     first = {"dpo", "cpo", "dpop", "rdpo", "simpo", "alphadpo", "ipo", "slic"}  # test_preference.py
-    assert set(VALUES) == set(LOSSES) - first
+    assert set(VALUES) == set(LOSSES) - first - {"bco"}
+
+
+def bco_statistics(*means):
+    state = alphadpo_init_statistics()
+    for mean in means:
+        state = alphadpo_update_statistics(state, jnp.float32(mean), jnp.float32(mean**2))
+    return state
+
+
+def test_bco_shifts_by_the_running_mean_of_both_rewards():
+    bco = make_preference_loss("bco", beta=0.5)
+    np.testing.assert_allclose(bco.statistic(POLICY, REFERENCE), [(-2 - 3) / 2])
+    shift = 0.5 * (0.9 * 0.1 * -1.0 + 0.1 * 3.0) / (1 - 0.9**2)
+    found = bco.loss(POLICY, REFERENCE, bco_statistics(-1.0, 3.0))
+    expected = -log_sigmoid(-1 - shift) - log_sigmoid(shift + 1.5)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
+    # Before the first update there is no shift: it is bco_pair.
+    found = bco.loss(POLICY, REFERENCE, alphadpo_init_statistics())
+    np.testing.assert_allclose(found, loss_of("bco_pair"), rtol=1e-6)
+
+
+def test_nothing_flows_through_the_shift_of_bco():
+    """Its gradient is that of the pair with a shift that stands still."""
+    bco = make_preference_loss("bco", beta=0.5)
+
+    def total(chosen):
+        policy = POLICY._replace(chosen=chosen)
+        middle = bco.statistic(policy, REFERENCE)[0]
+        state = alphadpo_update_statistics(alphadpo_init_statistics(), middle, middle**2)
+        return jnp.sum(bco.loss(policy, REFERENCE, state))
+
+    # shift = 0.5 * -2.5; the chosen one's argument is 0.5 * (-2) + 1.25.
+    np.testing.assert_allclose(jax.grad(total)(POLICY.chosen), [-0.5 * sigmoid(-0.25)], rtol=1e-5)
 
 
 def chosen_gradient(name, policy, reference=REFERENCE, **hyper):
@@ -167,6 +207,18 @@ def test_a_mixture_hands_its_context_on():
     assert not alone.needs_reference
     with_statistics = make_preference_loss("alphadpo", **HYPER["alphadpo"])
     assert make_mixture([(1.0, cpo), (1.0, with_statistics)]).needs_statistics
+
+
+def test_a_mixture_averages_one_thing():
+    bco, alpha = (make_preference_loss(name, **HYPER[name]) for name in ("bco", "alphadpo"))
+    both = make_mixture([(0.5, make_preference_loss("dpo", beta=0.5)), (0.5, bco)])
+    assert both.statistic is bco.statistic
+    state = bco_statistics(-1.0)
+    found = both.loss(POLICY, REFERENCE, state)
+    expected = 0.5 * (loss_of("dpo") + bco.loss(POLICY, REFERENCE, state))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"different things \(alphadpo_margin, bco_middle\)"):
+        make_mixture([(1.0, bco), (1.0, alpha)])
 
 
 def test_what_is_no_mixture():

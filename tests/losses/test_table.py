@@ -9,7 +9,6 @@ import pytest
 from spo_jax.losses import (
     LOSSES,
     alphadpo_init_statistics,
-    alphadpo_margin,
     alphadpo_update_statistics,
     hyperparameters,
     make_preference_loss,
@@ -37,9 +36,9 @@ def test_reference_and_what_is_held(name):
 
     def value(chosen, rejected):
         policy = pair(chosen, rejected)
-        # AlphaDPO's margin follows the batch's: here this pair is all of it.
-        margin = alphadpo_margin(policy, REFERENCE)[0]
-        statistics = alphadpo_update_statistics(alphadpo_init_statistics(), margin, margin**2 + 1)
+        # What is averaged over the batch: here this pair is all of it.
+        found = loss.statistic(policy, REFERENCE)[0]
+        statistics = alphadpo_update_statistics(alphadpo_init_statistics(), found, found**2 + 1)
         return jnp.sum(loss.loss(policy, REFERENCE, statistics))
 
     def pulls(chosen, rejected):

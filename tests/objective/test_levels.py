@@ -93,7 +93,10 @@ def relative_difference(left, right):
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("loss", "inner_data"),
-    [("dpo", "sft"), ("cpo", "chosen"), ("alphadpo", "chosen"), ("simpo", "chosen")],
+    [
+        *(("dpo", "sft"), ("cpo", "chosen"), ("alphadpo", "chosen"), ("simpo", "chosen")),
+        ("bco", "chosen"),
+    ],
 )
 def test_accumulation_does_not_change_an_update(loss, inner_data):
     """8x1 and 1x8: token means over the whole batch, AlphaDPO's statistics too."""
