@@ -16,12 +16,14 @@ from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import MIXTURE, Named
 from spo_jax.losses import (
     LOSSES,
+    WRAPPERS,
     PairLogprobs,
     PreferenceLoss,
     alphadpo_init_statistics,
     hyperparameters,
     make_mixture,
     make_preference_loss,
+    weighted_by_policy,
 )
 from spo_jax.solvers import SOLVERS, SUPPLIED
 
@@ -105,8 +107,15 @@ def bound_loss(loss: Named) -> PreferenceLoss:
         # YAML's `beta: 1` is a whole number.
         k: float(v) if inspect.signature(fn).parameters[k].annotation in (float, "float") else v
         for k, v in loss.options.items()
+        if k not in _wrappers(fn)
     }
-    return make_preference_loss(fn if ":" in loss.name else loss.name, **options)
+    bound = make_preference_loss(fn if ":" in loss.name else loss.name, **options)
+    return weighted_by_policy(bound) if loss.options.get("wpo") and _wrappers(fn) else bound
+
+
+def _wrappers(fn: Callable[..., Any]) -> dict[str, Any]:
+    """Options that every loss has; one's own loss may have others of these names."""
+    return {k: v for k, v in WRAPPERS.items() if k not in hyperparameters(fn)}
 
 
 def _unweighted(member: Mapping[str, Any]) -> Named:
@@ -115,7 +124,8 @@ def _unweighted(member: Mapping[str, Any]) -> Named:
 
 
 def _check_one_loss(key: str, loss: Named) -> None:
-    check_options(key, loss, loss_function(loss.name, key))
+    fn = loss_function(loss.name, key)
+    check_options(key, loss, fn, more=_wrappers(fn))
     if loss.name in LOSSES:
         # What a loss says of its settings' ranges, before a model is read. Shapes alone: to check
         # a configuration is no reason to take a device, and memory of it.
@@ -131,7 +141,7 @@ def _check_one_loss(key: str, loss: Named) -> None:
 def choices() -> dict[str, dict[str, dict[str, Any]]]:
     """Options and defaults (None: required) of each loss and solver, read off their signatures."""
     return {
-        "loss": {name: _options(fn) for name, (fn, _) in LOSSES.items()},
+        "loss": {name: _options(fn) | _wrappers(fn) for name, (fn, _) in LOSSES.items()},
         "solver": {name: _options(fn) for name, fn in SOLVERS.items()},
     }
 
@@ -144,9 +154,14 @@ def _options(fn: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def check_options(section: str, chosen: Named, fn: Callable[..., Any]) -> None:
-    """Raise ``ConfigError`` for options that ``fn`` does not take, lacks, or of a wrong type."""
-    accepted = _options(fn)
+def check_options(
+    section: str, chosen: Named, fn: Callable[..., Any], more: Mapping[str, Any] | None = None
+) -> None:
+    """Raise ``ConfigError`` for options that ``fn`` does not take, lacks, or of a wrong type.
+
+    ``more`` are options with defaults that are accepted beside those of ``fn``.
+    """
+    accepted = _options(fn) | dict(more or {})
     for key in chosen.options:
         if key not in accepted:
             takes = ", ".join(accepted) or "no options"
@@ -161,7 +176,7 @@ def check_options(section: str, chosen: Named, fn: Callable[..., Any]) -> None:
         )
     parameters = inspect.signature(fn).parameters
     for key, value in chosen.options.items():
-        kind = parameters[key].annotation
+        kind = parameters[key].annotation if key in parameters else inspect.Parameter.empty
         if kind is inspect.Parameter.empty:
             kind = type(accepted[key])
         kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")

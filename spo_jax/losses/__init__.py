@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from spo_jax.losses.contract import PairLogprobs
+from spo_jax.losses.contract import PairLogprobs, PreferenceLoss
 from spo_jax.losses.margins import (
     alphapo_loss,
     alphapo_rewards,
@@ -53,9 +53,11 @@ from spo_jax.losses.preference import (
     slic_loss,
 )
 from spo_jax.losses.sft import chosen_hinge, token_mean_nll
+from spo_jax.losses.wrappers import WRAPPERS, policy_weights, weighted_by_policy
 
 __all__ = [
     "LOSSES",
+    "WRAPPERS",
     "MarginStatistics",
     "PairLogprobs",
     "PreferenceLoss",
@@ -86,32 +88,18 @@ __all__ = [
     "make_preference_loss",
     "nca_loss",
     "orpo_loss",
+    "policy_weights",
     "rdpo_loss",
     "robust_dpo_loss",
     "simpo_loss",
     "slic_loss",
     "sppo_hard_loss",
     "token_mean_nll",
+    "weighted_by_policy",
 ]
 
 CONTEXT = ("mean_chosen_length",)
 """Keywords that the objective fills from the global batch; never hyper-parameters."""
-
-
-class PreferenceLoss(NamedTuple):
-    """A loss with its hyper-parameters bound, as the objective calls it.
-
-    ``loss(policy, reference, statistics, **context) -> [B]`` and ``rewards(policy,
-    reference) -> ([B], [B])`` have one signature for all losses; the flags say what
-    they look at. ``statistic(policy, reference) -> [B]`` is what ``statistics`` average, over the
-    pairs of an update and over updates.
-    """
-
-    loss: Callable[..., Any]
-    rewards: Callable[..., Any]
-    needs_reference: bool
-    needs_statistics: bool
-    statistic: Callable[..., Any] = alphadpo_margin
 
 
 def _logprob_rewards(policy, reference):
@@ -221,7 +209,7 @@ def make_preference_loss(
         rewards=call_rewards,
         needs_reference=arity >= 2,
         needs_statistics=arity >= 3,
-        statistic=STATISTICS.get(name, alphadpo_margin),
+        statistic=STATISTICS.get(name, alphadpo_margin) if arity >= 3 else None,
     )
 
 
@@ -262,7 +250,7 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         rewards=rewards,
         needs_reference=any(part.needs_reference for part in parts),
         needs_statistics=any(part.needs_statistics for part in parts),
-        statistic=averaged.pop() if averaged else alphadpo_margin,
+        statistic=averaged.pop() if averaged else None,
     )
 
 

@@ -534,6 +534,19 @@ def test_a_list_of_losses_is_their_mixture(tmp_path):
     assert load_config(path, {"loss": MIXED}).loss == config.loss
 
 
+def test_any_loss_may_be_weighed_by_the_policy():
+    pairs = PairLogprobs(*(jnp.full((1,), x) for x in (-8.0, -12.0, 4.0, 8.0)))
+    plain = bound_loss(checked(loss={"name": "simpo", "beta": 1, "gamma_beta_ratio": 0}).loss)
+    weighted = {"name": "simpo", "beta": 1, "gamma_beta_ratio": 0, "wpo": True}
+    expected = np.exp(-3.5) * plain.loss(pairs)
+    np.testing.assert_allclose(bound_loss(checked(loss=weighted).loss).loss(pairs), expected)
+    mixed = checked(loss=[{**weighted, "weight": 0.5}, {**weighted, "weight": 0.5, "wpo": False}])
+    found = bound_loss(mixed.loss).loss(pairs)
+    np.testing.assert_allclose(found, 0.5 * (expected + plain.loss(pairs)), rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"loss\.wpo='yes': expected true or false"):
+        checked(loss={**weighted, "wpo": "yes"})
+
+
 @pytest.mark.parametrize(
     ("loss", "parts"),
     [

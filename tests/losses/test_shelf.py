@@ -14,6 +14,8 @@ from spo_jax.losses import (
     dpo_loss,
     make_mixture,
     make_preference_loss,
+    policy_weights,
+    weighted_by_policy,
 )
 from tests.losses.test_preference import HYPER, POLICY, REFERENCE, log_sigmoid, pair
 
@@ -230,3 +232,31 @@ def test_what_is_no_mixture():
     ):
         with pytest.raises(ValueError, match=said):
             make_mixture(losses)
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "bco"])
+def test_wpo_weighs_each_pair_by_the_policys_own_probability(name):
+    """w_bar = -2 and l_bar = -1.5; a filler row has no tokens and no NaN."""
+    plain = make_preference_loss(name, **HYPER[name])
+    weighted = weighted_by_policy(plain)
+    state = bco_statistics(-1.0)
+    arguments = (POLICY, REFERENCE, state)
+    np.testing.assert_allclose(
+        weighted.loss(*arguments), math.exp(-3.5) * plain.loss(*arguments), rtol=1e-6
+    )
+    assert weighted._replace(loss=None) == plain._replace(loss=None)
+
+    def gradient(loss):
+        return jax.grad(lambda w: jnp.sum(loss.loss(POLICY._replace(chosen=w), *arguments[1:])))(
+            POLICY.chosen
+        )
+
+    np.testing.assert_allclose(gradient(weighted), math.exp(-3.5) * gradient(plain), rtol=1e-6)
+    filler = pair(0.0, 0.0)._replace(chosen_length=jnp.zeros(1), rejected_length=jnp.zeros(1))
+    assert policy_weights(filler) == 1
+
+
+def test_the_likelier_pair_weighs_more_and_none_more_than_one():
+    policy = pair([-1.0, -40.0, 0.0], [-2.0, -80.0, 0.0], [10, 10, 10], [10, 10, 10])
+    found = policy_weights(policy)
+    np.testing.assert_allclose(found, np.exp([-0.3, -12.0, 0.0]), rtol=1e-6)
