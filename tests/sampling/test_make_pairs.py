@@ -278,7 +278,7 @@ def test_a_stopped_call_goes_on(make, tmp_path, fails_at):
     assert not stopped.exists()
     rest = Sampler()
     make(stopped, rest, batch_size=1)
-    assert len(rest.calls) == 12 - fails_at // 3 * 3
+    assert len(rest.calls) == 12 - fails_at, "no sample of a block is drawn twice"
     assert stopped.read_bytes() == whole.read_bytes()
     assert meta_path(stopped).read_bytes() == meta_path(whole).read_bytes()
 
@@ -287,7 +287,7 @@ def test_a_machine_with_other_blocks_may_go_on(make, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     make(whole)
     with pytest.raises(KeyboardInterrupt):
-        make(stopped, Sampler(4))
+        make(stopped, Sampler(3))
     rest = Sampler()
     monkeypatch.setattr(making, "BLOCK", 3)
     make(stopped, rest)
@@ -295,11 +295,52 @@ def test_a_machine_with_other_blocks_may_go_on(make, tmp_path, monkeypatch):
     assert stopped.read_bytes() == whole.read_bytes()
 
 
-def test_blocks_are_small_where_sampling_is_slow(monkeypatch):
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
-    assert making._prompts_of_a_block() == making.BLOCK
-    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
-    assert making._prompts_of_a_block() < making.BLOCK / 4
+def test_samples_of_blocks_too_large_for_a_machine_are_drawn_again(make, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    make(whole)
+    monkeypatch.setattr(making, "BLOCK", 3)
+    with pytest.raises(KeyboardInterrupt):
+        make(stopped, Sampler(2))
+    monkeypatch.setattr(making, "BLOCK", 2)
+    with pytest.raises(KeyboardInterrupt):
+        make(stopped, small := Sampler(1))
+    assert small.calls == [(0, 1)]
+    rest = Sampler()
+    make(stopped, rest)
+    assert len(rest.calls) == 11, "what the small blocks had begun is taken over"
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_a_smaller_block_under_way_is_gone_on_with(make, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    make(whole)
+    with pytest.raises(KeyboardInterrupt):
+        make(stopped, Sampler(5))
+    rest = Sampler()
+    monkeypatch.setattr(making, "BLOCK", 5)
+    make(stopped, rest)
+    assert rest.calls == [(2, 3), (4, 5, 6), (4, 5, 6), (4, 5, 6)]
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("backend", "prompts", "block"),
+    [("gpu", 256, 256), ("gpu", 300, 150), ("gpu", 3, 3), ("cpu", 300, 30), ("cpu", 33, 17)],
+)
+def test_blocks_are_even_and_small_where_sampling_is_slow(monkeypatch, backend, prompts, block):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    assert making._prompts_of_a_block(prompts) == block
+
+
+def test_the_first_samples_say_how_long_it_will_take(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    shown = Progress(Counts(), 300, samples=4, drawn=150)
+    now[0] = 60.0
+    shown.update(Counts(), 300)
+    said = capsys.readouterr().err
+    # 150 in a minute, 900 to go; those of the stopped call are no speed of this one.
+    assert said.startswith("0 of 300 prompts, 300 samples of the next, about 6 min left, 2.5 samp")
 
 
 def test_a_kill_at_any_byte_shows_not_at_all(make, tmp_path):
@@ -311,13 +352,13 @@ def test_a_kill_at_any_byte_shows_not_at_all(make, tmp_path):
     content = partial.read_bytes()
     lines = content.splitlines(keepends=True)
     ends = [sum(map(len, lines[: i + 1])) for i in range(len(lines))]
-    for size in (0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[1] - 1, ends[2] - 5, ends[3] - 1):
+    for size in (0, 1, ends[0], ends[1] - 1, ends[1], ends[3] - 5, ends[3], ends[4] - 1, ends[5]):
         partial.write_bytes(content[:size])
         torn.unlink(missing_ok=True)
         rest = Sampler()
         make(torn, rest)
-        finished = max(sum(size >= end for end in ends) - 1, 0)
-        assert len(rest.calls) == 12 - 3 * finished, size
+        there = sum(b'"drawn": ' in x and size >= end for x, end in zip(lines, ends, strict=True))
+        assert len(rest.calls) == 12 - there, size
         assert torn.read_bytes() == whole.read_bytes(), size
         assert not partial.exists()
     # Torn in the middle, as a disk that lost its power may leave it.
@@ -420,7 +461,7 @@ def test_no_pairs_at_all(make, tmp_path, draw, settings, message):
 
 
 def test_without_a_terminal_a_line_now_and_then(capsys, monkeypatch):
-    shown = Progress(Counts(), 10, seconds=0.0)
+    shown = Progress(Counts(), 10, samples=4, seconds=0.0)
     shown.update(Counts(), 8)
     shown.update(Counts(prompts=4, samples=16, right=4, pairs=9))
     err = capsys.readouterr().err.splitlines()
@@ -429,12 +470,12 @@ def test_without_a_terminal_a_line_now_and_then(capsys, monkeypatch):
     assert err[1].endswith("samples/s, 25.0 % right, 9 pairs")
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    shown = Progress(Counts(prompts=10, samples=40), 100)
+    shown = Progress(Counts(prompts=10, samples=40), 100, samples=4)
     now[0] = 120.0
     shown.update(Counts(prompts=30, samples=120, right=30), 5)
     said = capsys.readouterr().err.splitlines()[1]
-    assert said.startswith("30 of 100 prompts, 5 samples of the next, about 7 min left, 0.7 samp")
-    shown = Progress(Counts(prompts=4, samples=16), 10)
+    assert said.startswith("30 of 100 prompts, 5 samples of the next, about 6 min left, 0.7 samp")
+    shown = Progress(Counts(prompts=4, samples=16), 10, samples=4)
     shown.update(Counts(prompts=6, samples=24))
     assert capsys.readouterr().err == "going on behind 4 of 10 prompts\n"
 

@@ -22,7 +22,7 @@ from spo_jax.policies.loading import Policy
 from spo_jax.sampling.make_pairs.settings import PairSettings
 
 BLOCK = 256
-"""Prompts sampled together; a stop costs at most one block."""
+"""Prompts sampled together, one sample of each at a time; a stop costs at most those."""
 
 CPU_BLOCK = 32
 """As ``BLOCK`` on a CPU: more at once are hardly faster there."""
@@ -37,19 +37,25 @@ def draw_samples(
     endings: Iterable[str] = (),
     batch_size: int = BLOCK,
     progress: Callable[[int], Any] | None = None,
+    known: Sequence[Sequence[Completion]] = (),
+    keep: Callable[[int, list[Completion]], Any] | None = None,
 ) -> list[list[Completion]]:
     """``settings.samples`` samples of each prompt, of which ``rows`` are the numbers.
 
     Sample ``i`` of row ``r`` is drawn with the ``r``-th of the keys split off ``hash(seed, i)``:
     which prompts are sampled beside it does not show. ``endings`` end a sample as the model's
-    EOS do. ``progress`` is called with the number of samples drawn so far.
+    EOS do. ``progress`` is called with the number of samples drawn so far. ``known`` are the
+    first samples of all prompts where an earlier call had drawn them; ``keep`` is called with
+    each further number and its samples.
     """
     tokenizer = policy.tokenizer
     first = [tokenizer.tokenize(ending)[0] for ending in endings if ending]
     stops = {*stop_ids(policy.folder, tokenizer), *map(tokenizer.convert_tokens_to_ids, first)}
 
-    def draw(i: int) -> list[Completion]:
-        return complete(
+    def draw(i: int) -> Sequence[Completion]:
+        if i < len(known):
+            return known[i]
+        found = complete(
             policy.model,
             policy.params,
             tokenizer,
@@ -65,6 +71,9 @@ def draw_samples(
             rows=rows,
             progress=progress and (lambda done, _: progress(i * len(prompts) + done)),
         )
+        if keep is not None:
+            keep(i, found)
+        return found
 
     drawn = zip(*(draw(i) for i in range(settings.samples)), strict=True)
     ids = encode_prompts(prompts, tokenizer, max_prompt_length=settings.max_prompt_length)

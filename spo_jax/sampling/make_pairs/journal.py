@@ -35,8 +35,9 @@ def check_free(out: Path) -> None:
 class PairFile:
     """``out`` in the making: ``OUT.partial`` is a line of settings, then a line for each block.
 
-    ``done`` of ``prompts`` are there already, in blocks with their ``counts``. A line
-    without its end, as a kill leaves it, is cut off.
+    ``done`` of ``prompts`` are there already, in blocks with their ``counts``. Of the block
+    under way there is a line for each sample of all its prompts: ``begun``. A line without its
+    end, as a kill leaves it, is cut off.
 
     Raises:
         FileExistsError: ``out`` is there already.
@@ -48,6 +49,7 @@ class PairFile:
         self.out = out
         self.partial = out.with_name(out.name + PARTIAL)
         self.counts: list[dict[str, int]] = []
+        self.begun: list[dict[str, Any]] = []
         self._seen: set[bytes] = set()
         out.parent.mkdir(parents=True, exist_ok=True)
         end = self._take_over(dict(settings)) if self.partial.exists() else 0
@@ -71,9 +73,13 @@ class PairFile:
                 self._check_settings(line, settings)
             elif line.get("block") != len(self.counts):
                 break
+            elif "sample" in line:
+                # Begun anew by a machine with smaller blocks, the later samples count.
+                self.begun = [*self.begun[: line["sample"]], line]
             else:
                 self.counts.append(line["counts"])
                 self.unseen(line["rows"])
+                self.begun = []
             end = here
         return end
 
@@ -109,6 +115,11 @@ class PairFile:
         """The next block, at once on the disk."""
         self._write({"block": len(self.counts), "counts": dict(counts), "rows": list(rows)})
         self.counts.append(dict(counts))
+
+    def begin(self, sample: int, prompts: int, drawn: Sequence[Any]) -> None:
+        """A sample of each of the ``prompts`` of the block under way, at once on the disk."""
+        block = len(self.counts)
+        self._write({"block": block, "sample": sample, "prompts": prompts, "drawn": list(drawn)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(to_json(line, str(self.partial)).encode() + b"\n")

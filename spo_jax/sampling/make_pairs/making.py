@@ -133,9 +133,10 @@ def write_pairs(
 ) -> Counts:
     """Sample, grade and write the pairs of ``problems`` to ``out``, whole or not at all.
 
-    Blocks of prompts that a stopped call had finished are taken over: the file is, byte for
-    byte, that of a call left alone. ``batch_size`` and the machine may differ then.
-    ``model`` is what the policy is called in the description beside the file.
+    Blocks of prompts that a stopped call had finished are taken over, and of the block under way
+    each sample that all its prompts had: the file is, byte for byte, that of a call left alone.
+    ``batch_size`` and the machine may differ then. ``model`` is what the policy is called in the
+    description beside the file.
 
     Raises:
         FileExistsError: ``out`` is there already.
@@ -149,19 +150,21 @@ def write_pairs(
     for problem in problems:
         check_gold(problem, _main_grader(TASKS[settings.task]))
     described = _describe(policy, problems, settings)
-    block = _prompts_of_a_block()
     file: PairFile | None = None  # of the first process; the others sample with it
 
-    def take_over() -> list[dict[str, int]]:
+    def take_over() -> list[list[dict[str, Any]]]:
         nonlocal file
         file = PairFile(Path(out), described, prompts=len(problems))
-        return file.counts
+        return [file.counts, file.begun]
 
-    before = by_first(take_over)
+    before, begun = by_first(take_over)
     counts = total(Counts(**found) for found in before)
-    shown = Progress(counts, len(problems))
+    known = _known(begun)
+    drawn_before = sum(map(len, known))
+    shown = Progress(counts, len(problems), samples=settings.samples, drawn=drawn_before)
     try:
         while counts.prompts < len(problems):
+            block = len(known[0]) if known else _prompts_of_a_block(len(problems) - counts.prompts)
             numbers = range(len(problems))[counts.prompts : counts.prompts + block]
             some = [problems[i] for i in numbers]
             drawn = draw_samples(
@@ -172,7 +175,10 @@ def write_pairs(
                 endings=sorted({problem.ending for problem in some}),
                 batch_size=batch_size,
                 progress=partial(shown.update, counts),
+                known=known,
+                keep=lambda i, found: by_first(partial(_begin, file, i, found)),
             )
+            known = []
             append = partial(_append, some, drawn, settings, described["policy"], policy.tokenizer)
             found = Counts(**by_first(lambda append=append: append(file)._asdict()))
             counts = total([counts, found])
@@ -185,9 +191,28 @@ def write_pairs(
     return counts
 
 
-def _prompts_of_a_block() -> int:
-    """A stop costs at most one block, and behind each one is said how far it is."""
+def _most_of_a_block() -> int:
     return min(BLOCK, CPU_BLOCK) if jax.default_backend() == "cpu" else BLOCK
+
+
+def _prompts_of_a_block(prompts: int) -> int:
+    """Of even blocks of ``prompts``: a small last one would be one more shape to compile."""
+    blocks = -(-prompts // _most_of_a_block())
+    return -(-prompts // blocks)
+
+
+def _begin(file: PairFile, sample: int, drawn: Sequence[Completion]) -> None:
+    file.begin(sample, len(drawn), drawn)
+
+
+def _known(begun: Sequence[Mapping[str, Any]]) -> list[list[Completion]]:
+    """The samples of the block under way, unless it is too large for this machine."""
+    found: list[list[Completion]] = []
+    for line in begun:
+        if line["prompts"] > _most_of_a_block():
+            return []
+        found.append([Completion(text, end, tuple(ids)) for text, end, ids in line["drawn"]])
+    return found
 
 
 def _finish(

@@ -12,10 +12,22 @@ from spo_jax.sampling.make_pairs.settings import PairSettings
 
 
 class Progress:
-    """Prompts done, samples/s, share right, pairs: a bar, or without a terminal seldom a line."""
+    """Prompts done, samples/s, share right, pairs: a bar, or without a terminal seldom a line.
 
-    def __init__(self, counts: Counts, prompts: int, *, seconds: float = 30.0):
-        self._first, self._prompts, self._seconds = counts, prompts, seconds
+    ``samples`` are drawn of each prompt; ``drawn`` of the next prompts were there before.
+    """
+
+    def __init__(
+        self,
+        counts: Counts,
+        prompts: int,
+        *,
+        samples: int,
+        drawn: int = 0,
+        seconds: float = 30.0,
+    ):
+        self._prompts, self._each, self._seconds = prompts, samples, seconds
+        self._before = counts.samples + drawn
         self._start = self._said = time.monotonic()
         if counts.prompts:
             say(f"going on behind {counts.prompts} of {prompts} prompts")
@@ -30,7 +42,7 @@ class Progress:
     def update(self, counts: Counts, drawn: int = 0) -> None:
         """Show where things stand, with ``drawn`` more samples that are not graded yet."""
         now = time.monotonic()
-        samples = counts.samples - self._first.samples + drawn
+        samples = counts.samples + drawn - self._before
         said = [f"{samples / max(now - self._start, 1e-9):,.1f} samples/s"]
         if counts.samples:
             right = 100 * counts.right / counts.samples
@@ -49,11 +61,12 @@ class Progress:
             say(", ".join(said))
 
     def _more(self, counts: Counts, drawn: int) -> list[str]:
-        """Samples of the prompts under way, and the time left by those that are done."""
+        """Samples of the prompts under way, and the time left by those drawn so far."""
         said = [f"{drawn} samples of the next"] if drawn else []
-        done = counts.prompts - self._first.prompts
-        if done:
-            left = (self._prompts - counts.prompts) * (time.monotonic() - self._start) / done
+        done = counts.samples + drawn - self._before
+        if done > 0:
+            left = self._each * (self._prompts - counts.prompts) - drawn
+            left *= (time.monotonic() - self._start) / done
             said.append(f"about {left / 60:.0f} min left")
         return said
 
