@@ -74,8 +74,8 @@ def _facts(study: StudyConfig, times: list[float], seconds: float) -> dict[str, 
         if name != "SFT" or "sft" in study.run
     ]
     facts = {
-        "machine": machine(),
-        "versions": f"Python {platform.python_version()}, "
+        "page made on": machine(),  # the runs may be of another machine
+        "versions there": f"Python {platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax")),
         "seeds": ", ".join(map(str, study.seeds)),
         "graded on": f"{config.answers.split} problems",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from spo_jax.study import read_study, run_study, runner, worker
+from spo_jax.study import read_evidence, read_study, run_study, runner, worker
 from spo_jax.study.grid import run_cells
 from spo_jax.study.runner import GPU_SHARE, _check_devices, _share_device, read_result
 from spo_jax.study.worker import CellFailed, run_cell
@@ -155,6 +155,17 @@ def test_failed_runs_are_not_counted_as_done(tmp_path, monkeypatch):
     said = []
     assert run_study(read_study(written(tmp_path, seeds=[0])), say=said.append) == ["DPO: broken"]
     assert [text.partition(" ")[0] for text in said[1:]] == ["[1/5]", "FAILED", "[2/5]"]
+
+
+def test_the_page_does_not_take_its_own_machine_for_that_of_the_runs(tmp_path, monkeypatch):
+    """Runs of a GPU may come back to a laptop, where the page is made."""
+    study = read_study(written(tmp_path))
+    monkeypatch.setattr(worker, "_pairs", lambda cell: {"inner_loss": 1.0})
+    run_cell(study, run_cells(study)[0])
+    facts = read_evidence(study, command="").facts
+    assert "cores" in facts["page made on"]
+    assert "jax" in facts["versions there"]
+    assert not {"machine", "versions"} & set(facts)
 
 
 @pytest.mark.slow
