@@ -29,7 +29,7 @@ from spo_jax.objective.terms import (
     count,
     make_logprobs_fn,
 )
-from spo_jax.solvers.base import Levels, gradient_of, gradients_of
+from spo_jax.solvers.base import Levels, gradient_of, gradients_of, may_weigh
 from spo_jax.types import BilevelBatch, Params
 
 __all__ = [
@@ -163,7 +163,7 @@ class _Step:
     def gradient(self, params: Params, batch: BilevelBatch, weights):
         wanted = (True, True)
         if not callable(weights):
-            wanted = (weights[0] != 0.0, weights[1] != 0.0)
+            wanted = (may_weigh(weights[0]), may_weigh(weights[1]))
         if self.micro_batches == 1:
             both = lambda p, b: self.both(p, b, wanted)  # noqa: E731
             return gradient_of(both, params, batch, weights)

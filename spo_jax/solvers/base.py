@@ -22,11 +22,12 @@ Batch: TypeAlias = Any
 Aux: TypeAlias = Any
 Scalar: TypeAlias = Float[Array, ""]
 Update: TypeAlias = "tuple[SolverState, tuple[Aux, dict[str, Scalar]]]"
-Weights: TypeAlias = "tuple[float, float] | Callable[[Scalar, Scalar], tuple[Any, Any]]"
-"""Weights ``(a, b)`` of ``a F + b g``: numbers, or a function of the values ``(F, g)``.
+Weight: TypeAlias = float | Scalar
+Weights: TypeAlias = "tuple[Weight, Weight] | Callable[[Scalar, Scalar], tuple[Any, Any]]"
+"""Weights ``(a, b)`` of ``a F + b g``: numbers, arrays, or a function of the values ``(F, g)``.
 
-Numbers are known before the forward pass: a level of weight 0.0 is not computed, and
-gradient accumulation needs one pass only.
+Numbers and arrays are known before the forward pass, and gradient accumulation needs one pass
+only. A level whose weight is the number 0.0 is not computed.
 """
 
 
@@ -96,10 +97,10 @@ def make_levels(
         if not callable(weights):
             a, b = weights
             nan = jnp.full((), jnp.nan)
-            if b == 0.0:
+            if not may_weigh(b):
                 value, aux, grads = single(outer)
                 return ((value, nan), (aux, None)), scale(grads, a)
-            if a == 0.0:
+            if not may_weigh(a):
                 value, aux, grads = single(inner)
                 return ((nan, value), (None, aux)), scale(grads, b)
         return gradient_of(both, params, batch, weights)
@@ -113,6 +114,14 @@ def make_levels(
         return outer_aux[0], inner_aux[1]
 
     return Levels(outer, inner, both, gradient, gradients, merge)
+
+
+def may_weigh(weight: Any) -> bool:
+    """Whether a level's weight is another number than 0, as far as is known when a step is traced.
+
+    A number of Python's is known; an array, such as a multiplier, may be anything.
+    """
+    return isinstance(weight, jax.Array) or weight != 0
 
 
 def scale(tree: Params, factor: Any) -> Params:

@@ -74,7 +74,7 @@ def make_penalty(
 
     Cost: one forward and one backward pass, plus those of the SFT rows where the inner
     level has data of its own; under gradient accumulation the two hinges need one more
-    forward pass, because their slope depends on the whole batch's gap, and so does a schedule.
+    forward pass, because their slope depends on the whole batch's gap.
 
     Raises:
         ValueError: an unknown ``penalty`` or ``weight_schedule``, a negative weight, ``geometric``
@@ -108,8 +108,8 @@ def make_penalty(
         def weights(_, gap):
             return 1.0, weight * penalty_slope(gap, penalty=penalty, tolerance=tolerance)
 
-        if schedule is None and (penalty_weight == 0 or penalty == "linear"):
-            weights = (1.0, weight)
+        if penalty == "linear" or (schedule is None and penalty_weight == 0):
+            weights = (1.0, weight)  # known ahead of the pass
         (values, aux), grads = levels.gradient(state.params, batch, weights)
         params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
         applied = weights(*values) if callable(weights) else weights

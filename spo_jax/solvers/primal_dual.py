@@ -51,9 +51,8 @@ def make_primal_dual(
     Metrics: ``multiplier`` (that of this update), ``penalty_weight`` (what multiplied
     ``grad g``: the multiplier, or with the hinge 0 inside the region) and ``gap_average``.
 
-    Cost: as ``penalty`` with the hinge: one forward and one backward pass, one more forward
-    pass under gradient accumulation, and those of the SFT rows where the inner level has data
-    of its own.
+    Cost: as ``penalty``: one forward and one backward pass, and those of the SFT rows where the
+    inner level has data of its own; the hinge takes one more forward pass under accumulation.
 
     Raises:
         ValueError: an unknown ``form``, a negative rate, gain or multiplier, or a decay outside
@@ -82,12 +81,13 @@ def make_primal_dual(
         multiplier, average, weight = state.variables
 
         def weights(_, gap):
-            kind = "hinge" if form == "hinge" else "linear"
-            slope = penalty_slope(gap, penalty=kind, tolerance=tolerance)
-            return 1.0, multiplier * slope
+            return 1.0, multiplier * penalty_slope(gap, penalty="hinge", tolerance=tolerance)
 
+        if form == "lagrangian":
+            weights = (1.0, multiplier)  # known ahead of the pass
         (values, aux), grads = levels.gradient(state.params, batch, weights)
         params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
+        applied = weights(*values) if callable(weights) else weights
         gap = values[1].astype(jnp.float32)
         before = jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), gap)
         average = gap_decay * average + (1 - gap_decay) * gap
@@ -99,7 +99,7 @@ def make_primal_dual(
         variables = PrimalDualVariables(jnp.clip(ascended, 0, max_multiplier), average, weight)
         metrics |= {
             "multiplier": multiplier,
-            "penalty_weight": jnp.asarray(weights(*values)[1], jnp.float32),
+            "penalty_weight": jnp.asarray(applied[1], jnp.float32),
             "gap_average": gap_average,
         }
         return SolverState(params, outer_state, (), variables), (aux, metrics)

@@ -11,7 +11,7 @@ import pytest
 from spo_jax.losses import make_preference_loss
 from spo_jax.objective.levels import completion_logprobs, count, make_objective
 from spo_jax.objective.logprobs import scored_mask
-from spo_jax.solvers import make_penalty, make_preference_only
+from spo_jax.solvers import make_penalty, make_preference_only, make_primal_dual
 from spo_jax.types import BilevelBatch
 from tests.hlo import array_shapes
 from tests.losses.test_preference import HYPER
@@ -257,3 +257,21 @@ def test_step_holds_no_logits_of_all_tokens():
     most = max(np.prod(s) // VOCABULARY for s in with_vocabulary)
     # The chunk (16 tokens) and the embedding's own width (16) bound what stands beside V.
     assert most <= 64 < rows * 2 * completion
+
+
+def test_a_weight_that_is_known_ahead_costs_no_forward_pass_more():
+    """Under accumulation: a schedule's and a multiplier's; a hinge's hangs on the whole batch."""
+    batch = BilevelBatch(random_batch())
+    outer = optax.sgd(0.1)
+
+    def loops(solver):
+        built = objective("dpo", micro_batches=2)
+        state = solver.init(PARAMS)
+        update = lambda s, b: solver.update(s, b, built.levels(built.init()))  # noqa: E731
+        return str(jax.make_jaxpr(update)(state, batch)).count("scan[")
+
+    plain = loops(make_penalty(outer=outer))
+    growing = make_penalty(outer=outer, weight_schedule="linear", steps=10)
+    assert loops(growing) == loops(make_primal_dual(outer=outer, form="lagrangian")) == plain
+    assert loops(make_primal_dual(outer=outer)) > plain
+    assert loops(make_penalty(outer=outer, penalty="hinge")) > plain
