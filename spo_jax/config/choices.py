@@ -21,6 +21,7 @@ from spo_jax.losses import (
     PreferenceLoss,
     alphadpo_init_statistics,
     hyperparameters,
+    length_desensitized,
     make_mixture,
     make_preference_loss,
     weighted_by_policy,
@@ -110,7 +111,11 @@ def bound_loss(loss: Named) -> PreferenceLoss:
         if k not in _wrappers(fn)
     }
     bound = make_preference_loss(fn if ":" in loss.name else loss.name, **options)
-    return weighted_by_policy(bound) if loss.options.get("wpo") and _wrappers(fn) else bound
+    asked = {k: loss.options.get(k, default) for k, default in _wrappers(fn).items()}
+    weight = float(asked.get("length_desensitized", 1))
+    if weight != 1:
+        bound = length_desensitized(bound, weight)
+    return weighted_by_policy(bound) if asked.get("wpo") else bound
 
 
 def _wrappers(fn: Callable[..., Any]) -> dict[str, Any]:
@@ -129,10 +134,12 @@ def _check_one_loss(key: str, loss: Named) -> None:
     if loss.name in LOSSES:
         # What a loss says of its settings' ranges, before a model is read. Shapes alone: to check
         # a configuration is no reason to take a device, and memory of it.
-        bound, scalar = bound_loss(loss), jax.ShapeDtypeStruct((1,), jnp.float32)
+        scalar = jax.ShapeDtypeStruct((1,), jnp.float32)
         pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
         try:
-            jax.eval_shape(bound.loss, pair, pair, statistics)
+            bound = bound_loss(loss)
+            sums = dict.fromkeys(bound.excess_weights, (pair, pair))
+            jax.eval_shape(bound.loss, pair, pair, statistics, desensitized=sums)
             jax.eval_shape(bound.rewards, pair, pair)
         except ValueError as error:
             raise ConfigError(f"{key}.{error}") from None

@@ -136,6 +136,17 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
         raise ConfigError(
             "objective.inner_data=sft would be ignored: solver preference_only has no inner level"
         )
+    loss = bound_loss(config.loss)
+    if loss.excess_weights and loss.needs_reference and reference.mode != "online":
+        raise ConfigError(
+            f"loss.length_desensitized with reference.mode={reference.mode}: the reference's "
+            "log-probs are needed by token, not as sums: use reference.mode: online"
+        )
+    if loss.excess_weights and config.dynamics.every is not None:
+        raise ConfigError(
+            "dynamics.every with loss.length_desensitized: probes look at sums of whole "
+            "completions; set one of them to null (length_desensitized to 1)"
+        )
     if reference.cache_dir and reference.mode != "precomputed":
         raise ConfigError(
             f"reference.cache_dir would be ignored: reference.mode is {reference.mode}, "
@@ -144,7 +155,7 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
     if reference.mode != "none":
         return
     needs = {
-        f"loss {config.loss.name}": bound_loss(config.loss).needs_reference,
+        f"loss {config.loss.name}": loss.needs_reference,
         "objective.inner_value: reference": objective.inner_value == "reference",
         "objective.regularizer: hinge": objective.regularizer == "hinge",
     }

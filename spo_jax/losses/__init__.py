@@ -53,7 +53,12 @@ from spo_jax.losses.preference import (
     slic_loss,
 )
 from spo_jax.losses.sft import chosen_hinge, token_mean_nll
-from spo_jax.losses.wrappers import WRAPPERS, policy_weights, weighted_by_policy
+from spo_jax.losses.wrappers import (
+    WRAPPERS,
+    length_desensitized,
+    policy_weights,
+    weighted_by_policy,
+)
 
 __all__ = [
     "LOSSES",
@@ -84,6 +89,7 @@ __all__ = [
     "exo_pair_loss",
     "hyperparameters",
     "ipo_loss",
+    "length_desensitized",
     "make_mixture",
     "make_preference_loss",
     "nca_loss",
@@ -251,6 +257,7 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         needs_reference=any(part.needs_reference for part in parts),
         needs_statistics=any(part.needs_statistics for part in parts),
         statistic=averaged.pop() if averaged else None,
+        excess_weights=tuple(dict.fromkeys(w for part in parts for w in part.excess_weights)),
     )
 
 

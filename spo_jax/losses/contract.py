@@ -27,6 +27,7 @@ class PreferenceLoss(NamedTuple):
     reference) -> ([B], [B])`` have one signature for all losses; the flags say what
     they look at. ``statistic(policy, reference) -> [B]`` is what ``statistics`` average, over the
     pairs of an update and over updates; ``None`` where the loss has none.
+    ``excess_weights`` asks for the context ``desensitized``: see ``wrappers.length_desensitized``.
     """
 
     loss: Callable[..., Any]
@@ -34,3 +35,4 @@ class PreferenceLoss(NamedTuple):
     needs_reference: bool
     needs_statistics: bool
     statistic: Callable[..., Any] | None = None
+    excess_weights: tuple[float, ...] = ()

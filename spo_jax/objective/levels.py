@@ -97,6 +97,12 @@ def make_objective(
     ``precomputed`` (log-probs lie in the batch), ``online`` (``levels`` gets the
     reference's parameters) or ``none``. With ``loss=None`` there is only an inner level.
     """
+    by_token = loss is not None and loss.excess_weights and loss.needs_reference
+    if by_token and reference != "online":
+        raise ValueError(
+            f"length_desensitized with reference={reference!r}: the reference's log-probs are "
+            "needed by token, not as sums; use online, or a loss without a reference"
+        )
     binding = Binding(
         logprobs, loss, inner_data, inner_value, regularizer, regularizer_weight, reference
     )

@@ -55,6 +55,28 @@ def sum_by_example(
     return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
 
 
+def desensitized_sums(
+    values: Float[Array, "B n C"],
+    scored: Bool[Array, "B n C"],
+    segments: Segments | None,
+    excess_weight: float,
+) -> Float[Array, "examples n"]:
+    """As ``sum_by_example`` of the ``scored`` tokens, the excess of longer completions weighed.
+
+    Excess are an example's tokens behind as many as its shortest completion has.
+    """
+    own = scored[:, :, None]
+    if segments is not None:
+        place = jnp.arange(values.shape[-1])
+        starts, ends = (x[..., None] for x in _bounds(segments))
+        own = own & (place >= starts) & (place < ends)
+    count = jnp.cumsum(own, axis=-1)
+    shared = jnp.min(count[..., -1:], axis=1, keepdims=True)
+    weighed = jnp.where(count <= shared, 1.0, excess_weight) * values[:, :, None]
+    found = jnp.sum(jnp.where(own, weighed, 0), axis=-1)
+    return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
+
+
 def _bounds(segments: Segments) -> tuple[Int[Array, "B n S"], Int[Array, "B n S"]]:
     """Where each completion begins in ``C``, and the place behind its end."""
     ends = jnp.cumsum(segments.completion_lengths, axis=-1)

@@ -23,7 +23,7 @@ from spo_jax.objective.logprobs import (
     states_and_head,
     token_logprobs,
 )
-from spo_jax.objective.packed_rows import sum_by_example
+from spo_jax.objective.packed_rows import desensitized_sums, sum_by_example
 from spo_jax.types import (
     CHOSEN,
     REJECTED,
@@ -158,7 +158,7 @@ class Binding:
         reference_params: Params | None,
     ) -> tuple[Scalar, Scalar]:
         """Contributions to the global mean of the loss's statistic and of its square."""
-        policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
+        policy, frozen, valid, _ = self._pair_logprobs(params, pairs, reference_params)
         return self._statistic_moments(policy, frozen, valid, denominators)
 
     def _statistic_moments(self, policy, frozen, valid, denominators) -> tuple[Scalar, Scalar]:
@@ -183,21 +183,38 @@ class Binding:
         return Terms(zero, token_mean_nll(sums.ravel(), tokens), value, {})
 
     def _pair_logprobs(self, params, pairs, reference_params):
-        mask = scored_mask(pairs)
+        """Of policy and reference, which rows are none, and more that the loss asks for."""
+        mask, segments = scored_mask(pairs), pairs.segments
         scored = jnp.where(mask, self.logprobs(params, pairs), 0)
-        sums = sum_by_example(scored, pairs.segments)
-        lengths = sum_by_example(mask.astype(jnp.float32), pairs.segments)
-        frozen = self._reference_sums(pairs, reference_params)
-        frozen = None if frozen is None else _pair(frozen, lengths)
-        return _pair(sums, lengths), frozen, (example_ids(pairs) >= 0).astype(jnp.float32)
+        sums = sum_by_example(scored, segments)
+        lengths = sum_by_example(mask.astype(jnp.float32), segments)
+        frozen = frozen_scored = None
+        if self.reference == "online":
+            found = jnp.where(mask, self.logprobs(reference_params, pairs), 0)
+            frozen_scored = jax.lax.stop_gradient(found)
+            frozen = _pair(sum_by_example(frozen_scored, segments), lengths)
+        elif self.reference == "precomputed":
+            frozen = _pair(self._reference_sums(pairs, reference_params), lengths)
+        valid = (example_ids(pairs) >= 0).astype(jnp.float32)
+        weights = () if self.loss is None else self.loss.excess_weights
+        if not weights:
+            return _pair(sums, lengths), frozen, valid, {}
+
+        def weighed(values, weight):
+            if values is None:
+                return None
+            return _pair(desensitized_sums(values, mask, segments, weight), lengths)
+
+        both = {w: (weighed(scored, w), weighed(frozen_scored, w)) for w in weights}
+        return _pair(sums, lengths), frozen, valid, {"desensitized": both}
 
     def _pair_terms(self, params, pairs, denominators, statistics, reference_params) -> Terms:
-        policy, frozen, valid = self._pair_logprobs(params, pairs, reference_params)
+        policy, frozen, valid, more = self._pair_logprobs(params, pairs, reference_params)
         if callable(statistics):
             statistics = statistics(self._statistic_moments(policy, frozen, valid, denominators))
         mean_length = denominators.chosen_tokens / jnp.maximum(denominators.rows, 1)
         mean_length = jnp.maximum(mean_length, 1)
-        values = self.loss.loss(policy, frozen, statistics, mean_chosen_length=mean_length)
+        values = self.loss.loss(policy, frozen, statistics, mean_chosen_length=mean_length, **more)
 
         def mean(x):
             return jnp.sum(valid * x) / jnp.maximum(denominators.rows, 1)

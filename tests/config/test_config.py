@@ -534,6 +534,38 @@ def test_a_list_of_losses_is_their_mixture(tmp_path):
     assert load_config(path, {"loss": MIXED}).loss == config.loss
 
 
+def test_the_excess_of_the_longer_completion_may_count_less():
+    half = {"name": "dpo", "beta": 0.1, "length_desensitized": 0.5}
+    config = checked(loss=half, reference={"mode": "online"})
+    assert bound_loss(config.loss).excess_weights == (0.5,)
+    whole = checked(loss={**half, "length_desensitized": 1})
+    assert bound_loss(whole.loss).excess_weights == ()
+    simpo = {
+        "name": "simpo",
+        "beta": 1,
+        "gamma_beta_ratio": 0,
+        "length_desensitized": 0,
+        "wpo": True,
+    }
+    assert bound_loss(checked(loss=simpo).loss).excess_weights == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({}, "length_desensitized with reference.mode=precomputed.*reference.mode: online"),
+        ({"loss": {"name": "dpo", "beta": 0.1, "length_desensitized": 1.5}}, "use 0 to 1"),
+        ({"loss": {"name": "bco", "beta": 0.1, "length_desensitized": 0.5}}, "running statistics"),
+        ({"loss": {"name": "dpo", "beta": 0.1, "length_desensitized": "a"}}, "expected a number"),
+        ({"reference": {"mode": "online"}, "dynamics": {"every": 1}}, "probes look at sums"),
+    ],
+)
+def test_where_length_desensitized_cannot_be(sections, said):
+    half = {"name": "dpo", "beta": 0.1, "length_desensitized": 0.5}
+    with pytest.raises(ConfigError, match=said):
+        checked(**{"loss": half, **sections})
+
+
 def test_any_loss_may_be_weighed_by_the_policy():
     pairs = PairLogprobs(*(jnp.full((1,), x) for x in (-8.0, -12.0, 4.0, 8.0)))
     plain = bound_loss(checked(loss={"name": "simpo", "beta": 1, "gamma_beta_ratio": 0}).loss)

@@ -12,6 +12,7 @@ from spo_jax.losses import (
     alphadpo_init_statistics,
     alphadpo_update_statistics,
     dpo_loss,
+    length_desensitized,
     make_mixture,
     make_preference_loss,
     policy_weights,
@@ -260,3 +261,31 @@ def test_the_likelier_pair_weighs_more_and_none_more_than_one():
     policy = pair([-1.0, -40.0, 0.0], [-2.0, -80.0, 0.0], [10, 10, 10], [10, 10, 10])
     found = policy_weights(policy)
     np.testing.assert_allclose(found, np.exp([-0.3, -12.0, 0.0]), rtol=1e-6)
+
+
+def test_a_longer_completions_excess_counts_less():
+    """The loss sees the weighed sums that it is handed; all else is as it was."""
+    plain = make_preference_loss("dpo", beta=0.5)
+    half = length_desensitized(plain, 0.5)
+    assert half.excess_weights == (0.5,)
+    assert half._replace(loss=None, excess_weights=()) == plain._replace(loss=None)
+    weighed = pair(-8.0, -10.0), pair(-6.0, -7.5)
+    found = half.loss(POLICY, REFERENCE, None, desensitized={0.5: weighed})
+    np.testing.assert_allclose(found, plain.loss(*weighed), rtol=1e-6)
+    mixture = make_mixture([(1.0, plain), (2.0, half), (1.0, length_desensitized(plain, 0.25))])
+    assert mixture.excess_weights == (0.5, 0.25)
+    sums = {0.5: weighed, 0.25: (POLICY, REFERENCE)}
+    found = mixture.loss(POLICY, REFERENCE, None, desensitized=sums)
+    expected = 2 * plain.loss(POLICY, REFERENCE) + 2 * plain.loss(*weighed)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_what_cannot_be_desensitized():
+    dpo = make_preference_loss("dpo", beta=0.5)
+    for weight in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"length_desensitized={weight}: use 0 to 1"):
+            length_desensitized(dpo, weight)
+    with pytest.raises(ValueError, match="running statistics"):
+        length_desensitized(make_preference_loss("bco", beta=0.5), 0.5)
+    with pytest.raises(ValueError, match="log-probs by token"):
+        length_desensitized(dpo, 0.5).loss(POLICY, REFERENCE)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from spo_jax.losses import make_preference_loss
+from spo_jax.losses import length_desensitized, make_preference_loss
 from spo_jax.objective.levels import completion_logprobs, count, make_objective
 from spo_jax.objective.logprobs import scored_mask
 from spo_jax.solvers import make_penalty, make_preference_only, make_primal_dual
@@ -275,3 +275,48 @@ def test_a_weight_that_is_known_ahead_costs_no_forward_pass_more():
     assert loops(growing) == loops(make_primal_dual(outer=outer, form="lagrangian")) == plain
     assert loops(make_primal_dual(outer=outer)) > plain
     assert loops(make_penalty(outer=outer, penalty="hinge")) > plain
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_desensitized_loss_sees_the_weighed_sums_and_the_inner_level_whole_ones(micro_batches):
+    batch = BilevelBatch(random_batch())
+    pairs, frozen = batch.preference, jax.tree.map(lambda x: 0.9 * x, PARAMS)
+    dpo = make_preference_loss("dpo", beta=0.5)
+    options = {"reference": "online", "inner_value": 0.0, "micro_batches": micro_batches}
+
+    def values(loss):
+        built = make_objective(LOGPROBS, loss, **options)
+        (values, _), grads = built.levels(built.init(), frozen).gradient(PARAMS, batch, (1.0, 1.0))
+        return values, grads
+
+    def by_hand(params):
+        mask = scored_mask(pairs)
+        both = []
+        for tree in (params, frozen):
+            scored = jnp.where(mask, LOGPROBS(tree, pairs), 0)
+            shared = jnp.min(jnp.sum(mask, -1), axis=1)[:, None, None]
+            weighed = jnp.where(jnp.cumsum(mask, -1) <= shared, scored, 0.25 * scored)
+            both.append(jnp.sum(weighed, -1))
+        ratio = both[0] - both[1]
+        valid = pairs.row_ids >= 0
+        losses = jax.nn.softplus(-0.5 * (ratio[:, 0] - ratio[:, 1]))
+        return jnp.sum(jnp.where(valid, losses, 0)) / jnp.sum(valid)
+
+    (f, g), grads = values(length_desensitized(dpo, 0.25))
+    (plain, whole), _ = values(dpo)
+    assert f == pytest.approx(float(by_hand(PARAMS)), rel=1e-5)
+    assert abs(float(f - plain)) > 1e-3
+    assert g == pytest.approx(float(whole), rel=1e-6)
+    built = make_objective(LOGPROBS, dpo, **options)
+    inner = built.levels(built.init(), frozen).gradient(PARAMS, batch, (0.0, 1.0))[1]
+    expected = jax.tree.map(jnp.add, jax.grad(by_hand)(PARAMS), inner)
+    assert relative_difference(expected, grads) < 1e-5
+
+
+def test_sums_of_the_reference_do_not_do_for_a_desensitized_loss():
+    loss = length_desensitized(make_preference_loss("dpo", beta=0.5), 0.25)
+    with pytest.raises(ValueError, match="needed by token"):
+        make_objective(LOGPROBS, loss)
+    simpo = make_preference_loss("simpo", beta=2.0, gamma_beta_ratio=0.3)
+    built = make_objective(LOGPROBS, length_desensitized(simpo, 0.25))
+    assert np.isfinite(built.levels(built.init()).outer(PARAMS, BilevelBatch(random_batch()))[0])

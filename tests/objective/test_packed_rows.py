@@ -11,6 +11,7 @@ import pytest
 from spo_jax.data import FILLER, rows_to_batch
 from spo_jax.losses import make_preference_loss
 from spo_jax.objective import make_objective, scored_mask
+from spo_jax.objective.packed_rows import desensitized_sums
 from spo_jax.objective.terms import completion_logprobs, count, example_ids, make_logprobs_fn
 from spo_jax.types import BilevelBatch
 from tests.data.tiny_data import make_rows
@@ -152,3 +153,40 @@ def test_an_update_sees_the_same_two_levels(loss, inner, micro_batches):
         found[-1] = (*found[-1], jax.jit(levels.inner)(model.init(), batch))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_excess_of_the_longer_completion_is_weighed_by_example(weight):
+    """Written out by row; packed the same; with an empty prompt a first token is not scored."""
+    plain, packed = both_layouts()
+    draw = np.random.default_rng(2)
+    by_token = draw.uniform(-3, 0, (8, 2, 9)).astype(np.float32)
+
+    def values(batch, place):
+        found = np.zeros(batch.completion_mask.shape, np.float32)
+        for row, ids in enumerate(np.atleast_2d(place)):
+            for branch in range(2):
+                start = 0
+                for slot, example in enumerate(ids):
+                    length = int(batch.segments.completion_lengths[row, branch, slot])
+                    if example >= 0:
+                        found[row, branch, start : start + length] = by_token[
+                            example, branch, :length
+                        ]
+                    start += length
+        return jnp.asarray(found)
+
+    filled = jnp.asarray(np.concatenate([by_token, np.zeros((1, 2, 9), np.float32)]))
+    mask = scored_mask(plain)
+    found = desensitized_sums(filled, mask, None, weight)
+    for example in range(8):
+        kept = [by_token[example, b][np.asarray(mask[example, b])] for b in range(2)]
+        shared = min(map(len, kept))
+        expected = [x[:shared].sum() + weight * x[shared:].sum() for x in kept]
+        np.testing.assert_allclose(found[example], expected, rtol=1e-5)
+    assert not found[8].any()
+    again = desensitized_sums(values(packed, PLACES), scored_mask(packed), packed.segments, weight)
+    for example, sums in zip(PLACES.ravel(), again, strict=True):
+        np.testing.assert_allclose(sums, found[example] if example >= 0 else 0, rtol=1e-5)
+    if weight == 1:
+        np.testing.assert_allclose(found, jnp.sum(jnp.where(mask, filled, 0), -1), rtol=1e-5)
