@@ -57,7 +57,7 @@ class ModelConfig:
     logprob_chunk: int | None = _key(
         None,
         "tokens whose logits are in memory at once, per data shard (default: 2048; on a CPU "
-        "those that 512 MiB hold)",
+        "those that 512 MiB hold, in one process on GPUs those that a twelfth of a GPU holds)",
     )
 
 
