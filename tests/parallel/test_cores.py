@@ -29,7 +29,16 @@ def at_once(monkeypatch):
     monkeypatch.setattr(cores._Crew, "is_ready", wait)
 
 
+MEETING = "SPO_JAX_TEST_MEETING"
+"""The variable with the folder in which each worker leaves its number."""
+
+
 def who(chunk):
+    """Not before two are at work: else one, quick as this is, might do it all."""
+    folder, end = Path(os.environ[MEETING]), time.monotonic() + 60
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
     return chunk, os.getpid(), os.getppid()
 
 
@@ -53,7 +62,8 @@ def run(task, **options):
 
 
 @pytest.mark.slow
-def test_every_chunk_is_done_once_by_other_processes(at_once):
+def test_every_chunk_is_done_once_by_other_processes(at_once, tmp_path, monkeypatch):
+    monkeypatch.setenv(MEETING, str(tmp_path))
     found = dict(run(who, cores=2))
     assert sorted(found) == [number for number, _ in CHUNKS]
     assert all(found[number][0] == chunk for number, chunk in CHUNKS)
