@@ -71,7 +71,7 @@ def bco_loss(
     """Binary classifier optimization: ``-log sigmoid(b r_w - d) - log sigmoid(d - b r_l)``.
 
     ``b = beta``, and ``d`` is ``b`` times the running mean of ``bco_middle``, this batch included
-    and without gradient. Source: arXiv 2404.04656, eqs. 10 and 11, on pairs.
+    and without gradient. Source: arXiv 2404.04656, as defined in METHOD.
     """
     chosen, rejected = log_ratios(policy, reference)
     weight = jnp.where(statistics.weight > 0, statistics.weight, 1)

@@ -48,9 +48,7 @@ def sum_by_example(
     """Sums over each example's tokens: of ``B`` rows, or of the ``B * S`` places of packed ones."""
     if segments is None:
         return jnp.sum(values, axis=-1)
-    place = jnp.arange(values.shape[-1])
-    starts, ends = (x[..., None] for x in _bounds(segments))
-    own = (place >= starts) & (place < ends)
+    own = _own(segments, values.shape[-1])
     found = jnp.sum(jnp.where(own, values[:, :, None], 0), axis=-1)
     return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
 
@@ -67,14 +65,19 @@ def desensitized_sums(
     """
     own = scored[:, :, None]
     if segments is not None:
-        place = jnp.arange(values.shape[-1])
-        starts, ends = (x[..., None] for x in _bounds(segments))
-        own = own & (place >= starts) & (place < ends)
+        own &= _own(segments, values.shape[-1])
     count = jnp.cumsum(own, axis=-1)
     shared = jnp.min(count[..., -1:], axis=1, keepdims=True)
     weighed = jnp.where(count <= shared, 1.0, excess_weight) * values[:, :, None]
     found = jnp.sum(jnp.where(own, weighed, 0), axis=-1)
     return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
+
+
+def _own(segments: Segments, completion: int) -> Bool[Array, "B n S C"]:
+    """Which places of ``C`` are an example's own."""
+    place = jnp.arange(completion)
+    starts, ends = (x[..., None] for x in _bounds(segments))
+    return (place >= starts) & (place < ends)
 
 
 def _bounds(segments: Segments) -> tuple[Int[Array, "B n S"], Int[Array, "B n S"]]:

@@ -556,6 +556,10 @@ def test_the_excess_of_the_longer_completion_may_count_less():
         ({}, "length_desensitized with reference.mode=precomputed.*reference.mode: online"),
         ({"loss": {"name": "dpo", "beta": 0.1, "length_desensitized": 1.5}}, "use 0 to 1"),
         ({"loss": {"name": "bco", "beta": 0.1, "length_desensitized": 0.5}}, "running statistics"),
+        (
+            {"loss": {"name": "spo_jax.losses:dpo_loss", "beta": 1, "length_desensitized": 2}},
+            "loss.length_desensitized=2.0: use 0 to 1",
+        ),
         ({"loss": {"name": "dpo", "beta": 0.1, "length_desensitized": "a"}}, "expected a number"),
         ({"reference": {"mode": "online"}, "dynamics": {"every": 1}}, "probes look at sums"),
     ],
