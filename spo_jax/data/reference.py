@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from spo_jax.parallel.processes import gathered
 
@@ -23,33 +22,30 @@ def fingerprint(*parts: str) -> str:
 
 
 def precompute(
-    logprobs: Callable[[Any], Float[Any, "B n"]],
+    values_of: Callable[[Any], tuple[Any, Float[Any, "B k"]]],
     batches: Iterable[Any],
     *,
     num_rows: int,
-    num_completions: int,
-    num_batches: int | None = None,
-    active: bool = True,
-) -> Float[np.ndarray, "N n"]:
-    """Summed log-probs of every row's completions, float32, in nats.
+    what: str = "reference log-prob",
+    progress: Callable[[int], Any] = lambda rows: None,
+) -> Float[np.ndarray, "N k"]:
+    """What ``values_of`` gives for every row (of log-probs one a completion), float32.
 
-    ``logprobs`` maps a batch to global ``(row_ids [B], values [B, n])``; filler rows
-    (id -1) are dropped. Shows its progress.
+    It maps a batch to global ``(row_ids [B], values [B, k])``; filler rows (id -1) are dropped.
+    ``progress`` is called with the number of rows just done. Raises ``ValueError``, with ``what``
+    they are, where one is not finite.
     """
-    found = np.full((num_rows, num_completions), np.nan, np.float32)
-    shown = tqdm(
-        batches,
-        total=num_batches,
-        desc="reference log-probs",
-        disable=not (active and sys.stderr.isatty()),
-    )
-    for batch in shown:
-        ids, values = (np.asarray(x) for x in logprobs(batch))
+    found = np.full((num_rows, 0), np.nan, np.float32)
+    for batch in batches:
+        ids, values = (np.asarray(x) for x in values_of(batch))
+        if not found.size:
+            found = np.full((num_rows, values.shape[1]), np.nan, np.float32)
         real = ids >= 0
         found[ids[real]] = values[real]
-    missing = int(np.isnan(found).any(axis=1).sum())
+        progress(int(real.sum()))
+    missing = int((~np.isfinite(found)).any(axis=1).sum())
     if missing:
-        raise ValueError(f"{missing} of {num_rows} rows have no finite reference log-prob")
+        raise ValueError(f"{missing} of {num_rows} rows have no finite {what}")
     return found
 
 

@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from spo_jax.checkpoints.user_cache import default_cache_dir, make_room
 from spo_jax.data.files import Records
 from spo_jax.data.kept_rows import load_rows, rows_fingerprint, save_rows
 from spo_jax.data.shares import Prepared, Recipe, tokenize_records
 from spo_jax.parallel.processes import gathered, is_first, processes_of_host, say
+from spo_jax.policies.progress import RowProgress
 
 MOST_BYTES = 16 * 2**30
 """What token rows may take in the user's cache; those read longest ago go first."""
 
 WORTH_KEEPING = 3.0
 """Seconds of work from which on rows are kept."""
-
-_RHYTHM = 30.0
 
 
 def prepare_records(
@@ -41,7 +39,8 @@ def prepare_records(
         return kept
     begun = time.perf_counter()
     total, most = records.count(), recipe.max_rows
-    progress = _Progress(name, total if most is None or total is None else min(total, most))
+    total = total if most is None or total is None else min(total, most)
+    progress = RowProgress(name, "rows to ids", total and -(-total // jax.process_count()))
     try:
         made = tokenize_records(records, tokenizer, recipe, progress=progress)
     finally:
@@ -94,38 +93,3 @@ def _write(path: Path, made: Prepared, name: str) -> None:
             "tokenizes again. Set rows_cache to a folder with room, or to false",
             file=sys.stderr,
         )
-
-
-class _Progress:
-    """Rows done by this process: a bar, or without a terminal a line now and then."""
-
-    def __init__(self, name: str, total: int | None):
-        self._name, self._total = name, total and -(-total // jax.process_count())
-        self._live = sys.stderr.isatty()
-        # A bar that is done within seconds is none.
-        self._bar = tqdm(
-            total=self._total,
-            desc=f"{name}: rows to ids",
-            unit=" rows",
-            delay=2.0,
-            leave=False,
-            dynamic_ncols=True,
-            disable=not (is_first() and self._live),
-        )
-        self._done, self._begun = 0, time.monotonic()
-        self._told = self._begun
-
-    def __call__(self, rows: int) -> None:
-        """So many more rows are done."""
-        self._done += rows
-        self._bar.update(rows)
-        now = time.monotonic()
-        if not self._live and now - self._told >= _RHYTHM:
-            self._told = now
-            whole = "" if self._total is None else f" of {self._total:,}"
-            speed = self._done / (now - self._begun)
-            say(f"{self._name}: {self._done:,}{whole} rows to ids, {speed:,.0f} a second")
-
-    def close(self) -> None:
-        """End the bar."""
-        self._bar.close()

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from spo_jax.config.schema import DataConfig
-from spo_jax.policies import prepared
+from spo_jax.policies import prepared, progress
 from spo_jax.policies.rows import prepare_rows
 from tests.data.tiny_data import make_char_tokenizer
 
@@ -159,10 +159,10 @@ def test_those_read_longest_ago_make_room(cache, data, monkeypatch):
 
 
 def test_without_a_terminal_a_line_now_and_then(cache, data, monkeypatch, capsys):
-    monkeypatch.setattr(prepared, "_RHYTHM", 0.0)
+    monkeypatch.setattr(progress, "_RHYTHM", 0.0)
     prepare(data, cache=False)
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("data: 21 of 21 rows to ids, ")
-    monkeypatch.setattr(prepared, "_RHYTHM", 30.0)
+    monkeypatch.setattr(progress, "_RHYTHM", 30.0)
     prepare(data, cache=False)
     assert "rows to ids" not in capsys.readouterr().err

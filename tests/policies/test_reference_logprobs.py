@@ -92,14 +92,14 @@ def logprobs(ids):
 
 
 def test_rows_in_any_order_without_fillers():
-    found = precompute(logprobs, batches([2, 0], [1, -1]), num_rows=3, num_completions=2)
+    found = precompute(logprobs, batches([2, 0], [1, -1]), num_rows=3)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [[-0.5, 0], [-1.5, -2], [-2.5, -4]])
 
 
 def test_rows_that_are_missing_are_an_error():
     with pytest.raises(ValueError, match="1 of 3 rows have no finite reference log-prob"):
-        precompute(logprobs, batches([0, 2], [-1, -1]), num_rows=3, num_completions=2)
+        precompute(logprobs, batches([0, 2], [-1, -1]), num_rows=3)
 
     def one_is_nan(ids):
         ids, values = logprobs(ids)
@@ -107,7 +107,7 @@ def test_rows_that_are_missing_are_an_error():
         return ids, values
 
     with pytest.raises(ValueError, match="1 of 3 rows"):
-        precompute(one_is_nan, batches([0, 1, 2]), num_rows=3, num_completions=2)
+        precompute(one_is_nan, batches([0, 1, 2]), num_rows=3)
 
 
 VALUES = np.asarray([[1.5, -2.0]], np.float32)
