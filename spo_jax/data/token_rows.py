@@ -57,6 +57,20 @@ class TokenizedRows:
         """``[N, n]`` completion lengths in tokens."""
         return np.diff(self.completion_offsets).reshape(len(self), self.num_completions)
 
+    def take(self, kept: Bool[np.ndarray, "N"]) -> TokenizedRows:
+        """The rows that are ``kept``, in their order."""
+        of_prompts = np.repeat(kept, self.prompt_lengths)
+        of_completions = np.repeat(kept, self.completion_lengths.sum(axis=1))
+        return dataclasses.replace(
+            self,
+            prompt_ids=self.prompt_ids[of_prompts],
+            prompt_offsets=_offsets(self.prompt_lengths[kept]),
+            completion_ids=self.completion_ids[of_completions],
+            completion_mask=self.completion_mask[of_completions],
+            completion_offsets=_offsets(self.completion_lengths[kept].ravel()),
+            source_rows=self.source_rows[kept],
+        )
+
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"{len(self)} {self.num_completions}".encode())

@@ -73,18 +73,22 @@ def predictor_states(
     return jnp.concatenate([first, completion_hidden[:, :, :-1]], axis=2)
 
 
-def states_and_head(
+def completion_states(
     model: Any, params: Params, batch: CompletionBatch
-) -> tuple[Float[Array, "B n C D"], Float[Array, "D V"]]:
-    """States that predict the completion tokens of ``batch``, and the head that does it with them.
-
-    ``model`` is a ``models.Model``; the head has the states' dtype.
-    """
+) -> Float[Array, "B n C D"]:
+    """States that predict the completion tokens of ``batch`` under a ``models.Model``."""
     packed = () if batch.segments is None else (batch.segments,)
     prompt, completion = model.hidden(
         params, batch.prompt_tokens, batch.prompt_mask, batch.completion_tokens, *packed
     )
-    states = predictor_states(prompt, completion, *packed)
+    return predictor_states(prompt, completion, *packed)
+
+
+def states_and_head(
+    model: Any, params: Params, batch: CompletionBatch
+) -> tuple[Float[Array, "B n C D"], Float[Array, "D V"]]:
+    """``completion_states``, and the head that predicts with them, in their dtype."""
+    states = completion_states(model, params, batch)
     return states, model.output_head(params).astype(states.dtype)
 
 

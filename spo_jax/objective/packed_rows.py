@@ -53,6 +53,24 @@ def sum_by_example(
     return jnp.swapaxes(found, 1, 2).reshape(-1, values.shape[1])
 
 
+def state_sums(
+    states: Float[Array, "B n C D"], scored: Bool[Array, "B n C"], segments: Segments | None
+) -> Float[Array, "examples n D"]:
+    """As ``sum_by_example``, of the states at ``scored`` tokens, float32."""
+    own = scored[:, :, None]
+    if segments is not None:
+        own &= _own(segments, scored.shape[-1])
+    states = jnp.where(scored[..., None], states, 0)
+    found = jnp.einsum(
+        "bnsc,bncd->bsnd",
+        own.astype(states.dtype),
+        states,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return found.reshape(-1, *found.shape[2:])
+
+
 def desensitized_sums(
     values: Float[Array, "B n C"],
     scored: Bool[Array, "B n C"],

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from spo_jax.data import TextRows, encode_prompts, load_tokenizer, tokenize_rows
 from spo_jax.types import PreferenceRow, SFTRow
-from tests.data.tiny_data import CHATML, ids, make_char_tokenizer, make_marked_tokenizer
+from tests.data.tiny_data import (
+    CHATML,
+    ids,
+    make_char_tokenizer,
+    make_marked_tokenizer,
+    make_rows,
+)
 
 BOS, EOS, IM_START, IM_END = 1, 2, 4, 5
 
@@ -222,6 +228,15 @@ def test_fingerprint_is_of_the_content(char_tokenizer):
     assert base.fingerprint() != make("bcd", 3).fingerprint()
     masked = dataclasses.replace(base, completion_mask=np.zeros_like(base.completion_mask))
     assert base.fingerprint() != masked.fingerprint()
+
+
+def test_some_rows_are_what_they_were_among_all():
+    rows = make_rows([([1], [[2, 3], [4]]), ([], [[5], [6, 7, 8]]), ([9, 10], [[11], [12]])])
+    few = rows.take(np.array([True, False, True]))
+    assert lists(few) == [lists(rows)[0], lists(rows)[2]]
+    assert few.source_rows.tolist() == [0, 2]
+    alone = make_rows([([1], [[2, 3], [4]]), ([9, 10], [[11], [12]])])
+    assert few.fingerprint() == alone.fingerprint() != rows.fingerprint()
 
 
 def test_prompts_for_generation_follow_the_same_rules():
