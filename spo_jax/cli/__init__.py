@@ -10,7 +10,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from spo_jax.cli import evaluate, generation, make_pairs, plan, report, study, train
+from spo_jax.cli import (
+    evaluate,
+    generation,
+    make_pairs,
+    plan,
+    report,
+    score_pairs,
+    study,
+    train,
+)
 
 _DESCRIPTION = """\
 Align a language model on preference pairs with Stable Preference Optimization (SPO).
@@ -27,15 +36,17 @@ Align a language model on preference pairs with Stable Preference Optimization (
                                                win rate by a judge of your own
   spo-jax make-pairs RUN_OR_MODEL --data FILE --task TASK --out PAIRS.jsonl
                                                pairs from the model's own mistakes
+  spo-jax score-pairs CONFIG                   the pairs that would displace their chosen
+                                               completions, before training
   spo-jax dynamics CONFIG_OR_RUN               why probabilities moved: train with probes, or
                                                probe a run's checkpoints
   spo-jax report RUN                           figures and tables of a run as one HTML page
   spo-jax study CONFIG                         methods with and without SPO over seeds
 """
 
-_COMPILING = ("evaluate", "generate", "make-pairs", "dynamics")
+_COMPILING = ("evaluate", "generate", "make-pairs", "score-pairs", "dynamics")
 """Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
-_COMMANDS = (train, plan, evaluate, generation, make_pairs, study, report)
+_COMMANDS = (train, plan, evaluate, generation, make_pairs, score_pairs, study, report)
 
 
 def make_parser() -> argparse.ArgumentParser:

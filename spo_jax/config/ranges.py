@@ -17,6 +17,7 @@ from spo_jax.config.schema import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PreferenceDataConfig,
     TaskConfig,
     TextsConfig,
 )
@@ -27,21 +28,25 @@ _COUNT: Range = ("a whole number from 1", lambda v: v >= 1)
 _POSITIVE: Range = ("a number above 0", lambda v: v > 0)
 _NOT_NEGATIVE: Range = ("0 or more", lambda v: v >= 0)
 _DECAY: Range = ("a number from 0 to below 1", lambda v: 0 <= v < 1)
+_SHARE: Range = ("a share above 0 and below 1", lambda v: 0 < v < 1)
 _AXIS: Range = ("a whole number from 1, or -1 for what is left", lambda v: v == -1 or v >= 1)
 _LENGTHS: Range = (
     "ascending lengths from 1",
     lambda v: bool(v) and v[0] >= 1 and all(a < b for a, b in itertools.pairwise(v)),
 )
 
+_ROWS: Mapping[str, Range] = {
+    "max_rows": _COUNT,
+    "max_prompt_length": _COUNT,
+    "max_completion_length": _COUNT,
+    "prompt_buckets": _LENGTHS,
+    "completion_buckets": _LENGTHS,
+}
+
 RANGES: Mapping[type, Mapping[str, Range]] = {
     ModelConfig: {"logprob_chunk": _COUNT},
-    DataConfig: {
-        "max_rows": _COUNT,
-        "max_prompt_length": _COUNT,
-        "max_completion_length": _COUNT,
-        "prompt_buckets": _LENGTHS,
-        "completion_buckets": _LENGTHS,
-    },
+    DataConfig: _ROWS,
+    PreferenceDataConfig: {**_ROWS, "drop_displacing": _SHARE},
     ObjectiveConfig: {"regularizer_weight": _NOT_NEGATIVE},
     OptimizerConfig: {
         "final_ratio": _NOT_NEGATIVE,

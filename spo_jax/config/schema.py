@@ -91,6 +91,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceDataConfig(DataConfig):
+    """A data set of pairs."""
+
+    drop_displacing: float | None = _key(
+        None,
+        "leave out this share of the training pairs: those that displace most, by "
+        "length-normalised CHES under the policy they start from (see spo-jax score-pairs)",
+    )
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """How the inner level and the regularizer are formed (METHOD section 3)."""
 
@@ -268,7 +279,7 @@ class Config:
         "sft, preference, baseline (preference again, solver preference_only), in this order",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     sft_data: DataConfig = field(default_factory=DataConfig)
     loss: Named = field(default_factory=lambda: Named("dpo", {"beta": 0.1}))
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
+from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, PreferenceDataConfig
 from spo_jax.data import load_records, load_tokenizer
 from spo_jax.models import load_hf_config
 from spo_jax.policies.loading import MODEL_FOLDER, find_run
+from spo_jax.policies.pair_scores import number_displacing
 from spo_jax.tasks import arithmetic
 
 MAX_BYTES = 256 * 2**20
@@ -87,4 +88,7 @@ def count_rows(data: DataConfig) -> int | None:
     count = sum(1 for _ in load_records(path))
     if data.max_rows is not None:
         count = min(count, data.max_rows)
-    return count if data.eval is not None else round(count * (1 - data.eval_fraction))
+    count = count if data.eval is not None else round(count * (1 - data.eval_fraction))
+    if isinstance(data, PreferenceDataConfig) and data.drop_displacing is not None:
+        count -= number_displacing(data.drop_displacing, count)
+    return count

@@ -27,6 +27,7 @@ from spo_jax.policies.reference_logprobs import make_reference_logprobs
 from spo_jax.policies.rows import Rows, packed_for, prepare_rows, round_up
 from spo_jax.sampling.builtin import builtin_data
 from spo_jax.training.batches import Batches
+from spo_jax.training.dropped_pairs import without_displacing
 from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
 from spo_jax.types import Params
 
@@ -64,7 +65,10 @@ def rows_of_stage(
                 cache=config.rows_cache,
             )
             check_rows(found, policy.model.config, policy.tokenizer, section)
-            read[section] = packed_for(found, policy.model.config)
+            found = packed_for(found, policy.model.config)
+            if section == "data" and data.drop_displacing is not None:
+                found = without_displacing(config, policy, found, resume=resume)
+            read[section] = found
         return read[section]
 
     if name == "sft":

@@ -30,6 +30,7 @@ from spo_jax.policies.loading import (
 )
 from spo_jax.policies.rows import Rows
 from spo_jax.sampling.builtin import PAIRS_FILE
+from spo_jax.training.dropped_pairs import DROPPED_FILE
 from spo_jax.training.material import make_probes, number_of_steps, rows_of_stage
 from spo_jax.training.stage import compile_update, make_stage, state_shapes
 from spo_jax.training.trackers import read_lines
@@ -121,6 +122,7 @@ def _probe_stage(
     source = folder / MODEL_FOLDER
     needed = {
         root / PAIRS_FILE: config.data.train == BUILTIN_TASK,
+        root / DROPPED_FILE: config.data.drop_displacing is not None,
         folder / "reference": config.reference.mode != "none",
     }
     for path, wanted in needed.items():
