@@ -42,6 +42,16 @@ def script():
 # Arithmetic and checks
 
 
+def test_rank_correlation_by_hand(script):
+    of = script("displacement")
+    assert of.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert of.spearman(x, x**3) == pytest.approx(1)
+    assert of.spearman(x, -np.exp(x)) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) with d = (0, 1, 1, 0).
+    assert of.spearman(x, np.array([1.0, 9.0, 5.0, 10.0])) == pytest.approx(1 - 12 / 60)
+
+
 def test_flops_of_a_perfect_step_by_hand(script):
     sides = script("step_sides")
     tiny = sides.llama_config(16, 3, 50)
