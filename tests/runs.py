@@ -122,10 +122,18 @@ class Run:
         self.send_signal(signal.SIGKILL)
 
 
-def start(config: Path, output: Path, *arguments: str, log: Path, variables=None, **options) -> Run:
+def start(
+    config: Path,
+    output: Path,
+    *arguments: str,
+    log: Path,
+    variables=None,
+    command="train",
+    **options,
+) -> Run:
     """``spo-jax train CONFIG`` in the background; what it says goes to the end of ``log``."""
-    command = ["train", str(config), "--output-dir", str(output), *arguments]
-    return Run(command, environment(**options) | (variables or {}), log)
+    words = [command, str(config), "--output-dir", str(output), *arguments]
+    return Run(words, environment(**options) | (variables or {}), log)
 
 
 def start_several(

@@ -7,7 +7,7 @@ import pytest
 
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import BUILTIN_TASK, DataConfig, ModelConfig
-from spo_jax.data import rows_to_batch
+from spo_jax.data import choose_buckets, rows_to_batch
 from spo_jax.objective.ches import batch_ches
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.policies.loading import load_policy
@@ -18,6 +18,7 @@ from spo_jax.policies.pair_scores import (
     score_pairs,
 )
 from spo_jax.policies.rows import prepare_rows
+from tests.data.tiny_data import make_rows
 from tests.tiny import ARCHITECTURE
 
 ALIKE = (1, 4, 6)
@@ -86,6 +87,22 @@ def test_packed_and_on_eight_devices_as_on_one(scored):
     for other in (packed, eight):
         for values, expected in zip(other, one, strict=True):
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_of_several_rejected_the_worst_counts(scored):
+    rows, policy, _ = scored(one_device())
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return rng.integers(2, 15, length).tolist()
+
+    many = make_rows([(text(3), [text(6), text(5), text(9)]) for _ in range(3)])
+    rows = rows._replace(train=many, buckets=choose_buckets(many))
+    found = score_pairs(policy, rows, batch_size=4, name="data")
+    batch = rows_to_batch(many, np.arange(3), prompt_length=3, completion_length=9)
+    each = batch_ches(policy.model, policy.params, jax.tree.map(jnp.asarray, batch))
+    for values, expected in zip(found, each, strict=True):
+        np.testing.assert_allclose(values, np.max(expected, axis=1), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_no_pairs(scored, tmp_path):

@@ -143,6 +143,31 @@ def test_rows_are_shared_out_and_a_bad_one_is_an_error_of_all(alone):
         assert f"{file}:{CHUNK + 11}: empty chosen" in said
 
 
+def test_pairs_that_displace_are_listed_and_left_out_alike(alone):
+    folder, _, cache = alone
+    train = {"steps": 4, "eval_every": 4}
+    data = {"drop_displacing": 0.25}
+    config = write_config(folder, "displacing", mesh=SETTINGS["mesh"], train=train, data=data)
+    found = {}
+    for count in (1, 2):
+        run = folder / f"displacing_{count}"
+        options = {"log": folder / run.name, "cache": cache}
+        for command in ("score-pairs", "train"):
+            processes = start_several(config, run, count, command=command, **options)
+            assert finish(processes, PATIENCE) == [0] * count, logs_of(folder, run.name)
+        lines = (run / "pair_scores.jsonl").read_text().splitlines()
+        dropped = json.loads((run / "dropped_pairs.json").read_text())
+        found[count] = [json.loads(line) for line in lines], dropped, metrics_of(run)
+    one, two = found[1], found[2]
+    scores = [{x["row"]: x["normalised_ches"] for x in some[0]} for some in (one, two)]
+    assert len(scores[0]) == 24
+    for row, score in scores[0].items():
+        np.testing.assert_allclose(scores[1][row], score, rtol=1e-3, atol=1e-4)
+    rows = [{pair["row"] for pair in some[1]["dropped"]} for some in (one, two)]
+    assert rows[0] == rows[1] == {line["row"] for line in one[0][:6]}
+    assert_same_metrics(two[2], one[2])
+
+
 def test_the_variables_of_slurm_are_enough(alone):
     """As srun sets them for two tasks of a step; nothing but --distributed is said."""
     folder, config, cache = alone
