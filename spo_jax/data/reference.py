@@ -35,10 +35,10 @@ def precompute(
     ``progress`` is called with the number of rows just done. Raises ``ValueError``, with ``what``
     they are, where one is not finite.
     """
-    found = np.full((num_rows, 0), np.nan, np.float32)
+    found = np.full((num_rows, 1), np.nan, np.float32)
     for batch in batches:
         ids, values = (np.asarray(x) for x in values_of(batch))
-        if not found.size:
+        if found.shape[1] != values.shape[1]:  # at the first batch
             found = np.full((num_rows, values.shape[1]), np.nan, np.float32)
         real = ids >= 0
         found[ids[real]] = values[real]

@@ -100,6 +100,8 @@ def test_rows_in_any_order_without_fillers():
 def test_rows_that_are_missing_are_an_error():
     with pytest.raises(ValueError, match="1 of 3 rows have no finite reference log-prob"):
         precompute(logprobs, batches([0, 2], [-1, -1]), num_rows=3)
+    with pytest.raises(ValueError, match="3 of 3 rows"):
+        precompute(logprobs, [], num_rows=3)
 
     def one_is_nan(ids):
         ids, values = logprobs(ids)
