@@ -21,10 +21,11 @@ logging.getLogger("transformers").addFilter(
 _PUBLIC = {
     "spo_jax.types": (
         "BilevelBatch CompletionBatch PreferenceBatch PreferenceRow SFTBatch SFTRow Segments "
-        "TrainState"
+        "TrainState UnpairedRow"
     ),
     "spo_jax.losses": (
-        "LOSSES PairLogprobs make_preference_loss dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "
+        "LOSSES UNPAIRED_LOSSES PairLogprobs UnpairedLogprobs make_preference_loss kto_loss "
+        "dpo_loss cpo_loss dpop_loss rdpo_loss simpo_loss "
         "alphadpo_loss ipo_loss slic_loss token_mean_nll chosen_hinge"
     ),
     "spo_jax.solvers": (

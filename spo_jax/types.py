@@ -18,6 +18,9 @@ Params: TypeAlias = Any
 CHOSEN, REJECTED = 0, 1
 """Branch indices of a preference pair."""
 
+MISMATCHED = 1
+"""Branch index of an unpaired row's mismatched completion; its own has that of the chosen."""
+
 
 class PreferenceRow(NamedTuple):
     """One preference pair as text: ``prompt + chosen`` and ``prompt + rejected``."""
@@ -37,6 +40,14 @@ class SFTRow(NamedTuple):
 
     prompt: str
     pieces: tuple[tuple[str, bool], ...]
+
+
+class UnpairedRow(NamedTuple):
+    """One judged example: pieces as in ``SFTRow``, and whether the completion is desirable."""
+
+    prompt: str
+    pieces: tuple[tuple[str, bool], ...]
+    desirable: bool
 
 
 class Segments(NamedTuple):
@@ -63,6 +74,9 @@ class CompletionBatch(NamedTuple):
     With ``segments`` a row is packed: it holds up to ``S`` examples, their prompts together
     right-aligned in ``P``, their completions in ``C``. ``row_ids`` is then ``[B, S]`` and
     ``reference_logprobs`` ``[B, S, n]``; free places are fillers.
+
+    ``desirable`` makes the rows unpaired ones: branch 0 is the row's own completion, branch 1 its
+    mismatched one, that of another prompt (``data.mismatched``). It is false for fillers.
     """
 
     prompt_tokens: Int[Array, "B P"]
@@ -72,10 +86,11 @@ class CompletionBatch(NamedTuple):
     row_ids: Int[Array, "B *S"]
     reference_logprobs: Float[Array, "B *S n"] | None = None
     segments: Segments | None = None
+    desirable: Bool[Array, "B *S"] | None = None
 
 
 PreferenceBatch: TypeAlias = CompletionBatch
-"""A ``CompletionBatch`` with ``n = 2``: branch 0 chosen, branch 1 rejected."""
+"""A ``CompletionBatch`` with ``n = 2``: branch 0 chosen, branch 1 rejected; or unpaired rows."""
 
 SFTBatch: TypeAlias = CompletionBatch
 """A ``CompletionBatch`` with ``n = 1``."""

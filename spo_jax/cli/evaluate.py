@@ -31,13 +31,16 @@ def add_commands(commands: Any) -> None:
         "evaluate",
         help="Held-out log-probs, margins and exact answers.",
         description="Score rows under a run's policy or a model. Preference pairs give accuracies, "
-        "log-probs, and against a reference log-ratios and margins; SFT rows give loss and "
-        "perplexity. A run is compared with the reference it was trained with.",
+        "log-probs, and against a reference log-ratios and margins; unpaired rows the same but "
+        "against KTO's reference point; SFT rows give loss and perplexity. A run is compared with "
+        "the reference it was trained with.",
     )
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run, model folder or hub name")
     evaluate.add_argument("--data", required=True, help="file, folder or hub name of the rows")
     evaluate.add_argument("--split", default="test", help="split of a hub data set [test]")
-    evaluate.add_argument("--kind", choices=("preference", "sft"), help="(default: by the columns)")
+    evaluate.add_argument(
+        "--kind", choices=("preference", "unpaired", "sft"), help="(default: by the columns)"
+    )
     evaluate.add_argument("--reference", help="run or model to compare with")
     evaluate.add_argument(
         "--task", choices=tuple(TASKS), help="also generate answers and grade them"

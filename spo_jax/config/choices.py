@@ -16,9 +16,11 @@ from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import MIXTURE, Named
 from spo_jax.losses import (
     LOSSES,
+    UNPAIRED_LOSSES,
     WRAPPERS,
     PairLogprobs,
     PreferenceLoss,
+    UnpairedLogprobs,
     alphadpo_init_statistics,
     hyperparameters,
     length_desensitized,
@@ -27,6 +29,8 @@ from spo_jax.losses import (
     weighted_by_policy,
 )
 from spo_jax.solvers import SOLVERS, SUPPLIED
+
+_KNOWN = LOSSES | UNPAIRED_LOSSES
 
 
 def solver_uses(name: str, level: str) -> bool:
@@ -42,8 +46,8 @@ def loss_function(name: str, key: str = "loss"):
     Raises:
         ConfigError: no such loss, module or function.
     """
-    if name in LOSSES:
-        return LOSSES[name][0]
+    if name in _KNOWN:
+        return _KNOWN[name][0]
     if ":" in name:
         module, _, attribute = name.partition(":")
         if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
@@ -68,7 +72,7 @@ def loss_function(name: str, key: str = "loss"):
             )
         return found
     raise ConfigError(
-        f"{key}.name={name!r}: choose one of {', '.join(LOSSES)}{nearest(name, list(LOSSES))}, "
+        f"{key}.name={name!r}: choose one of {', '.join(_KNOWN)}{nearest(name, list(_KNOWN))}, "
         "or module:function for one of your own"
     )
 
@@ -118,8 +122,15 @@ def bound_loss(loss: Named) -> PreferenceLoss:
     return weighted_by_policy(bound) if asked.get("wpo") else bound
 
 
+def rows_kind(loss: Named) -> str:
+    """The kind of rows that the section ``data`` holds for ``loss``."""
+    return "unpaired" if bound_loss(loss).unpaired else "preference"
+
+
 def _wrappers(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Options that every loss has; one's own loss may have others of these names."""
+    """Options that every loss of pairs has; one's own loss may have others of these names."""
+    if "kl" in inspect.signature(fn).parameters:
+        return {}
     return {k: v for k, v in WRAPPERS.items() if k not in hyperparameters(fn)}
 
 
@@ -137,7 +148,12 @@ def _check_one_loss(key: str, loss: Named) -> None:
     pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
     try:
         bound = bound_loss(loss)
-        if loss.name not in LOSSES:  # one's own may do as it likes
+        if loss.name not in _KNOWN:  # one's own may do as it likes
+            return
+        if bound.unpaired:
+            rows = UnpairedLogprobs(scalar, jax.ShapeDtypeStruct((1,), jnp.bool_))
+            jax.eval_shape(bound.loss, rows, rows, kl=jax.ShapeDtypeStruct((), jnp.float32))
+            jax.eval_shape(bound.rewards, rows, rows)
             return
         sums = dict.fromkeys(bound.excess_weights, (pair, pair))
         jax.eval_shape(bound.loss, pair, pair, statistics, desensitized=sums)
@@ -149,7 +165,7 @@ def _check_one_loss(key: str, loss: Named) -> None:
 def choices() -> dict[str, dict[str, dict[str, Any]]]:
     """Options and defaults (None: required) of each loss and solver, read off their signatures."""
     return {
-        "loss": {name: _options(fn) | _wrappers(fn) for name, (fn, _) in LOSSES.items()},
+        "loss": {name: _options(fn) | _wrappers(fn) for name, (fn, _) in _KNOWN.items()},
         "solver": {name: _options(fn) for name, fn in SOLVERS.items()},
     }
 

@@ -147,6 +147,21 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
             "dynamics.every with loss.length_desensitized: probes look at sums of whole "
             "completions; set one of them to null (length_desensitized to 1)"
         )
+    if loss.unpaired and config.dynamics.every is not None:
+        raise ConfigError(
+            f"dynamics.every with loss {config.loss.name}: probes look at pairs, and its rows are "
+            "unpaired. Set dynamics.every to null"
+        )
+    if loss.unpaired and config.data.drop_displacing is not None:
+        raise ConfigError(
+            f"data.drop_displacing with loss {config.loss.name}: it scores pairs, and these rows "
+            "are unpaired. Leave it out"
+        )
+    if loss.unpaired and objective.regularizer == "hinge":
+        raise ConfigError(
+            f"objective.regularizer=hinge with loss {config.loss.name}: it compares pairs with the "
+            "reference, and these rows are unpaired. Use nll, or inner_data: chosen"
+        )
     if reference.cache_dir and reference.mode != "precomputed":
         raise ConfigError(
             f"reference.cache_dir would be ignored: reference.mode is {reference.mode}, "

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from spo_jax.data.layouts import TextRow
 from spo_jax.data.pieces import PieceEncoder, without_marks
-from spo_jax.types import PreferenceRow
+from spo_jax.types import PreferenceRow, UnpairedRow
 
 _Pieces: TypeAlias = tuple[tuple[str, bool], ...]
 
@@ -30,7 +30,7 @@ class IdChunk(NamedTuple):
     """Rows as ids, end to end, without those that were dropped.
 
     Lengths and ``source_rows`` are of the ``N`` rows kept, ``counts`` (``COUNTED``) and
-    ``examples`` of what does not read back of all ``R``.
+    ``examples`` of what does not read back of all ``R``. ``desirable`` says it of unpaired rows.
     """
 
     prompt_ids: Int[np.ndarray, "prompt_tokens"]
@@ -42,6 +42,7 @@ class IdChunk(NamedTuple):
     kept: Bool[np.ndarray, "R"]
     counts: Int[np.ndarray, "R counted"]
     examples: Mapping[int, str]
+    desirable: Bool[np.ndarray, "N"] | None = None
 
 
 class ChunkEncoder:
@@ -71,7 +72,10 @@ class ChunkEncoder:
         for i, (prompt, completions) in enumerate(zip(prompts, branches, strict=True)):
             pairs = [[(next(ending), scored) for _, scored in pieces] for pieces in completions]
             self._add_row(found, i, self.encoder.with_bos(prompt), pairs)
-        return found.chunk(source_rows)
+        chunk = found.chunk(source_rows)
+        if not (rows and isinstance(rows[0], UnpairedRow)):
+            return chunk
+        return chunk._replace(desirable=np.array([rows[i].desirable for i in found.kept], bool))
 
     def _read_back(
         self,

@@ -13,11 +13,12 @@ from spo_jax.data.badrow import BadRow, shown
 from spo_jax.data.chat import ChatFormat
 from spo_jax.data.columns import Columns
 from spo_jax.data.files import Record
+from spo_jax.data.judged import taken_apart
 from spo_jax.data.layouts import LAYOUTS, Layout, TextRow, not_blank
 from spo_jax.data.reader import Reader, Seen
-from spo_jax.types import SFTRow
+from spo_jax.types import PreferenceRow
 
-Kind: TypeAlias = Literal["preference", "sft"]
+Kind: TypeAlias = Literal["preference", "sft", "unpaired"]
 OnBadRow: TypeAlias = Literal["error", "skip"]
 
 _EXAMPLES = 5
@@ -114,23 +115,26 @@ class RowFormat(NamedTuple):
         stream, reader, parse = iter(records), self._reader(), LAYOUTS[self.kind][self.layout]
         rows: list[TextRow] = []
         source_rows: list[int] = []
+        kept = 0
         bad: Counter[str] = Counter()
         examples: list[str] = []
         read = 0
         for read, record in enumerate(stream, start=1):
             row = _parse_record(record, parse, reader)
             if not isinstance(row, BadRow):
-                rows.append(row)
-                source_rows.append(first + read - 1)
+                found = taken_apart(row, reader) if self.kind == "unpaired" else (row,)
+                rows += found
+                source_rows += [first + read - 1] * len(found)
+                kept += 1
             elif self.on_bad_row == "error":
                 raise _row_error(record, row, stream, parse, reader)
             else:
                 bad[row.reason] += 1
                 if len(examples) < _EXAMPLES:
                     examples.append(f"{record.file}:{record.row}: {row}")
-            if max_rows is not None and len(rows) >= max_rows:
+            if max_rows is not None and kept >= max_rows:
                 break
-        tally = Tally(read, len(rows), bad, tuple(examples), reader.seen())
+        tally = Tally(read, kept, bad, tuple(examples), reader.seen())
         return TextRows(tuple(rows), tuple(source_rows), self.chat.turn.end), tally
 
     def report(self, tallies: Iterable[Tally], notes: Sequence[str] = ()) -> FormatReport:
@@ -249,8 +253,15 @@ def find_layout(
     raise ValueError(
         f"{file}: columns {shown(sorted(columns))} are no known layout of {kind} rows; "
         f"accepted: {accepted}. Rename the columns, or map them: "
-        "data.columns: {prompt: ..., chosen: ...}"
+        f"data.columns: {{prompt: ..., chosen: ...}}{_unpaired_hint(columns, kind)}"
     )
+
+
+def _unpaired_hint(columns: set[str], kind: Kind) -> str:
+    unpaired = [of for of in LAYOUTS["unpaired"].values() if "label" in of.needed]
+    if kind != "preference" or not any(of.fits(columns) for of in unpaired):
+        return ""
+    return ". Rows of one completion and its label are unpaired: choose loss.name: kto for them"
 
 
 def _parse_record(record: Record, layout: Layout, reader: Reader) -> TextRow | BadRow:
@@ -268,7 +279,7 @@ def _parse_record(record: Record, layout: Layout, reader: Reader) -> TextRow | B
 
 def _check_texts(row: TextRow) -> None:
     _check_characters(row.prompt, "prompt")
-    if isinstance(row, SFTRow):
+    if not isinstance(row, PreferenceRow):
         for text, _ in row.pieces:
             _check_characters(text, "completion")
         if not any(scored and text.strip() for text, scored in row.pieces):

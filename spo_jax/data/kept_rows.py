@@ -79,7 +79,7 @@ def save_rows(path: Path, prepared: Prepared) -> None:
     """Write rows and what is said of them; whole or not at all."""
     arrays: dict[str, Any] = {"lines": np.array(prepared.lines)}
     for number, rows in enumerate(prepared.parts):
-        for name in (*_ARRAYS, *_NUMBERS):
+        for name in (*_ARRAYS, *_NUMBERS, *([] if rows.desirable is None else ["desirable"])):
             arrays[f"{number}.{name}"] = getattr(rows, name)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     try:
@@ -106,6 +106,7 @@ def load_rows(path: Path) -> Prepared:
                 TokenizedRows(
                     **{name: there[f"{number}.{name}"] for name in _ARRAYS},
                     **{name: int(there[f"{number}.{name}"]) for name in _NUMBERS},
+                    desirable=there.get(f"{number}.desirable"),
                 )
                 for number in range(parts)
             ),

@@ -1,6 +1,7 @@
-"""The layouts of preference and SFT data found in the wild, one parser each.
+"""The layouts of preference, SFT and unpaired data found in the wild, one parser each.
 
-A parser turns one raw row into a ``PreferenceRow`` or ``SFTRow``, or raises ``BadRow``.
+A parser turns one raw row into a ``PreferenceRow``, ``SFTRow`` or ``UnpairedRow``, or raises
+``BadRow``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from spo_jax.data.badrow import BadRow
 from spo_jax.data.columns import is_empty, unread
+from spo_jax.data.judged import read_label
 from spo_jax.data.messages import Message, from_json_text, read_message, read_text
 from spo_jax.data.reader import VARIABLES, Reader, not_assistant_alone
-from spo_jax.types import PreferenceRow, SFTRow
+from spo_jax.types import PreferenceRow, SFTRow, UnpairedRow
 
-TextRow: TypeAlias = PreferenceRow | SFTRow
+TextRow: TypeAlias = PreferenceRow | SFTRow | UnpairedRow
 Row: TypeAlias = Mapping[str, Any]
 Parse: TypeAlias = Callable[[Row, Reader], TextRow]
 Messages: TypeAlias = list[Message]
@@ -319,18 +321,30 @@ def _chosen_of(parse: Parse) -> Parse:
     return parse_chosen
 
 
+# Unpaired layouts
+
+
+def _labelled(parse: Parse) -> Parse:
+    """An SFT row with what is thought of its completion."""
+
+    def parse_labelled(row: Row, reader: Reader) -> UnpairedRow:
+        return UnpairedRow(*parse(row, reader), read_label(_get(row, "label")))
+
+    return parse_labelled
+
+
 _QUESTION, _ANSWER = "|".join(QUESTIONS), "|".join(ANSWERS)
 _BESIDE_QUESTION = ("system", "input", "context", "history", *VARIABLES)
 
+_PAIRS = {
+    "explicit": Layout(("prompt", "chosen", "rejected"), _parse_explicit),
+    "sharegpt": Layout(("conversations", "chosen", "rejected"), _parse_sharegpt_pair),
+    "question": Layout((_QUESTION, "chosen", "rejected"), _parse_question_pair, _BESIDE_QUESTION),
+    "implicit": Layout(("chosen", "rejected"), _parse_implicit),
+}
+
 LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
-    "preference": {
-        "explicit": Layout(("prompt", "chosen", "rejected"), _parse_explicit),
-        "sharegpt": Layout(("conversations", "chosen", "rejected"), _parse_sharegpt_pair),
-        "question": Layout(
-            (_QUESTION, "chosen", "rejected"), _parse_question_pair, _BESIDE_QUESTION
-        ),
-        "implicit": Layout(("chosen", "rejected"), _parse_implicit),
-    },
+    "preference": _PAIRS,
     "sft": {
         "completion": Layout(("prompt", "completion"), _parse_completion),
         "messages": Layout(("messages",), _parse_messages),
@@ -345,6 +359,13 @@ LAYOUTS: Mapping[str, Mapping[str, Layout]] = {
         "sharegpt": Layout(("conversations",), _parse_conversations),
         "question": Layout((_QUESTION, _ANSWER), _parse_question, _BESIDE_QUESTION),
         "text": Layout(("text",), _parse_text, ()),
+    },
+    "unpaired": {
+        "labelled": Layout(("prompt", "completion", "label"), _labelled(_parse_completion)),
+        "labelled question": Layout(
+            (_QUESTION, _ANSWER, "label"), _labelled(_parse_question), _BESIDE_QUESTION
+        ),
+        **_PAIRS,
     },
 }
 """Layout name to its columns and its parser; the first whose columns are all there is taken."""

@@ -56,6 +56,7 @@ def rows_to_batch(
         row_ids=indices.astype(np.int32),
         reference_logprobs=_look_up(reference_logprobs, at, real, (size, n)),
         segments=segments if indices.ndim == 2 else None,
+        desirable=None if rows.desirable is None else rows.desirable[at] & real,
     )
 
 

@@ -26,7 +26,7 @@ class TokenizedRows:
 
     Row ``i``'s prompt is ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``; completion
     ``b`` of it stands between offsets ``i * n + b`` and the next. ``source_rows`` are the rows'
-    places among the records read.
+    places among the records read. ``desirable`` says it of unpaired rows; others have none.
     """
 
     prompt_ids: Int[np.ndarray, "prompt_tokens"]
@@ -37,6 +37,7 @@ class TokenizedRows:
     source_rows: Int[np.ndarray, "N"]
     num_completions: int
     pad_id: int
+    desirable: Bool[np.ndarray, "N"] | None = None
 
     def __len__(self) -> int:
         return len(self.source_rows)
@@ -69,6 +70,7 @@ class TokenizedRows:
             completion_mask=self.completion_mask[of_completions],
             completion_offsets=_offsets(self.completion_lengths[kept].ravel()),
             source_rows=self.source_rows[kept],
+            desirable=None if self.desirable is None else self.desirable[kept],
         )
 
     @cached_property
@@ -173,6 +175,8 @@ class _Joined:
             [chunk.completion_lengths[part] for part, chunk in chosen if part.any()]
         )
         self.source_rows = np.concatenate([chunk.source_rows[part] for part, chunk in chosen])
+        judged = [c.desirable[part] for part, c in chosen if c.desirable is not None]
+        self.desirable = np.concatenate(judged) if judged else None
         self.example = next(
             (
                 chunk.examples[row]
@@ -215,6 +219,7 @@ class _Joined:
             source_rows=self.source_rows,
             num_completions=self.completions.shape[1],
             pad_id=self.pad_id,
+            desirable=self.desirable,
         )
         report = TokenReport(
             rows=len(rows),

@@ -69,6 +69,8 @@ def make_bandit_levels(
     ``KL(reference || policy)``. ``aux`` of either level is the log-policy ``[S, A]`` at
     which it was computed. The ``batch`` is not looked at: every update sees all pairs.
     """
+    if loss.unpaired:
+        raise ValueError("this loss takes unpaired completions; a bandit has pairs")
     prompts, answers = bandit.prior.shape
     if inner_targets is None:
         inner_targets = jax.nn.one_hot(bandit.chosen, answers)

@@ -9,21 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from spo_jax.objective.levels import Denominators, LogprobsFn, Objective, Terms
 from spo_jax.objective.logprobs import scored_mask
 from spo_jax.objective.packed_rows import sum_by_example
 from spo_jax.objective.terms import example_ids
+from spo_jax.objective.unpaired_rows import chosen_tokens
 from spo_jax.parallel.processes import everywhere, gathered
-from spo_jax.types import BilevelBatch, CompletionBatch, Params
+from spo_jax.types import CHOSEN, BilevelBatch, CompletionBatch, Params
 
 
 def count_rows(batches: Sequence[CompletionBatch]) -> Denominators:
     """Rows and scored tokens of a whole evaluation set, from the numpy masks of all processes."""
-    rows = sum(int((np.asarray(b.row_ids) >= 0).sum()) for b in batches)
-    first = sum(int(np.asarray(scored_mask(b))[:, 0].sum()) for b in batches)
-    rows, tokens = gathered([[rows, first]]).sum(axis=0).astype(np.float32)
-    return Denominators(rows, tokens, tokens)
+    real = [np.asarray(b.row_ids) >= 0 for b in batches]
+    desirable = (b.desirable for b in batches)
+    chosen = [x if d is None else d for x, d in zip(real, desirable, strict=True)]
+    first = sum(int(chosen_tokens(b)) for b in batches)
+    counts = [sum(int(x.sum()) for x in real), first, sum(int(x.sum()) for x in chosen)]
+    rows, tokens, chosen = gathered([counts]).sum(axis=0).astype(np.float32)
+    return Denominators(rows, tokens, tokens, chosen)
 
 
 def make_evaluate(
@@ -32,20 +37,29 @@ def make_evaluate(
     """``(params, objective state, reference_params, check) -> metrics`` over all of ``batches``.
 
     Means over rows and token means over the whole set: how it is cut into batches does
-    not show. Has ``loss`` for pairs, and ``gap`` where the inner value is the reference's.
+    not show. Has ``loss`` for pairs, and ``gap`` where the inner value is the reference's. The
+    reference point of an unpaired loss is that of the whole set, found in a pass of its own.
     ``check()`` is called before each batch, and may raise.
     """
     denominators = count_rows(batches)
     compute = jax.jit(objective.evaluate)
+    point = objective.reference_point and jax.jit(objective.reference_point)
     pairs = batches[0].completion_tokens.shape[1] > 1
 
-    def run(params, state, reference_params=None, check=lambda: None) -> dict[str, float]:
-        total: Terms | None = None
+    def add_up(of, params, state, reference_params, check) -> Any:
+        total = None
         for batch in batches:
             check()
             both = BilevelBatch(preference=batch) if pairs else BilevelBatch(sft=batch)
-            found = compute(params, place(both), denominators, state, reference_params)
+            found = of(params, place(both), denominators, state, reference_params)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
+        return total
+
+    def run(params, state, reference_params=None, check=lambda: None) -> dict[str, float]:
+        if point is not None:
+            kl = add_up(point, params, state, reference_params, check)
+            state = state._replace(statistics=jnp.maximum(kl, 0))
+        total: Terms = add_up(compute, params, state, reference_params, check)
         metrics = {**total.metrics, "inner_loss": total.inner}
         if objective.paired_inner_value:
             metrics["gap"] = total.inner - total.reference_inner
@@ -129,6 +143,32 @@ def preference_summary(
             "log_ratio/accuracies": float((ratio_chosen > ratio_rejected).mean()),
         }
     return summary
+
+
+def unpaired_summary(
+    policy: dict[str, np.ndarray],
+    reference: dict[str, np.ndarray] | None,
+    desirable: Bool[np.ndarray, "N"],
+) -> dict[str, float]:
+    """Means over desirable (chosen) and other (rejected) completions; without any, none is given.
+
+    Against a reference log-ratios, and ``kl`` and accuracies as ``unpaired_metrics`` has them.
+    """
+    own, lengths = policy["logprobs"][:, CHOSEN], policy["lengths"][:, CHOSEN]
+    sides = {k: x for k, x in {"chosen": desirable, "rejected": ~desirable}.items() if x.any()}
+    summary = {"rows": float(len(own)), "desirable": float(desirable.sum())}
+    summary |= {f"logprobs/{name}": float(own[side].mean()) for name, side in sides.items()}
+    if "chosen" in sides:
+        summary["inner_loss"] = float(-own[desirable].sum() / max(lengths[desirable].sum(), 1))
+    if reference is None:
+        return summary
+    ratio, mismatched = (policy["logprobs"] - reference["logprobs"]).T
+    kl = max(float(mismatched.mean()), 0.0)
+    summary |= {f"log_ratio/{name}": float(ratio[side].mean()) for name, side in sides.items()}
+    if len(sides) == 2:
+        summary["log_ratio/margin"] = summary["log_ratio/chosen"] - summary["log_ratio/rejected"]
+    right = np.where(desirable, ratio > kl, ratio < kl)
+    return summary | {"kl": kl, "log_ratio/accuracies": float(right.mean())}
 
 
 def sft_summary(policy: dict[str, np.ndarray]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from spo_jax.evaluation.heldout import (
     preference_summary,
     row_logprobs,
     sft_summary,
+    unpaired_summary,
     wilson_interval,
 )
 from spo_jax.objective.levels import make_logprobs_fn
@@ -32,15 +34,15 @@ from spo_jax.types import PreferenceRow, SFTRow
 
 
 def detect_kind(data: str, split: str, columns: Mapping[str, str] | None = None) -> str:
-    """``preference`` or ``sft``, by the columns of the first rows."""
+    """``preference``, ``unpaired`` or ``sft``, by the columns of the first rows."""
     first = list(itertools.islice(load_records(data, split=split), 20))
     fields = renamed_fields(first, Columns(columns))
-    try:
-        find_layout(fields, "preference", first)
-    except ValueError:
-        find_layout(fields, "sft", first)
-        return "sft"
-    return "preference"
+    for kind in ("preference", "unpaired"):
+        with contextlib.suppress(ValueError):
+            find_layout(fields, kind, first)
+            return kind
+    find_layout(fields, "sft", first)
+    return "sft"
 
 
 def grade(
@@ -117,6 +119,11 @@ def evaluate_model(
         chat_template=chat_template,
     )
     kind = kind or detect_kind(data, split, columns)
+    if kind == "unpaired" and task is not None:
+        raise ValueError(
+            f"task {task}: answers are graded against right ones, and those of unpaired rows may "
+            "be wrong. Give SFT rows or pairs"
+        )
     with TemporaryDirectory() as work:
 
         def load(path, name):
@@ -140,7 +147,7 @@ def evaluate_model(
         logprobs = make_logprobs_fn(policy.model)
         found = row_logprobs(logprobs, policy.params, batches, place)
         result: dict[str, Any] = {"model": str(model), "data": str(data), "kind": kind}
-        if kind == "preference":
+        if kind != "sft":
             frozen = None
             run = find_run(model)
             if reference is not None:
@@ -151,7 +158,10 @@ def evaluate_model(
             elif run is not None and (run / "reference").exists():
                 params = load_reference(run, policy.params)
                 frozen = row_logprobs(logprobs, params, batches, place)
-            result |= preference_summary(found, frozen)
+            if kind == "unpaired":
+                result |= unpaired_summary(found, frozen, rows.train.desirable)
+            else:
+                result |= preference_summary(found, frozen)
         else:
             result |= sft_summary(found)
         if task is not None:

@@ -1,4 +1,4 @@
-"""Preference losses and the table NAME -> loss."""
+"""Preference losses and the tables NAME -> loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spo_jax.losses.contract import PairLogprobs, PreferenceLoss
+from spo_jax.losses.contract import PairLogprobs, PreferenceLoss, UnpairedLogprobs
 from spo_jax.losses.margins import (
     alphapo_loss,
     alphapo_rewards,
@@ -53,6 +53,7 @@ from spo_jax.losses.preference import (
     slic_loss,
 )
 from spo_jax.losses.sft import chosen_hinge, token_mean_nll
+from spo_jax.losses.unpaired import kto_loss, kto_rewards
 from spo_jax.losses.wrappers import (
     WRAPPERS,
     length_desensitized,
@@ -62,10 +63,12 @@ from spo_jax.losses.wrappers import (
 
 __all__ = [
     "LOSSES",
+    "UNPAIRED_LOSSES",
     "WRAPPERS",
     "MarginStatistics",
     "PairLogprobs",
     "PreferenceLoss",
+    "UnpairedLogprobs",
     "alphadpo_init_statistics",
     "alphadpo_loss",
     "alphadpo_margin",
@@ -89,6 +92,7 @@ __all__ = [
     "exo_pair_loss",
     "hyperparameters",
     "ipo_loss",
+    "kto_loss",
     "length_desensitized",
     "make_mixture",
     "make_preference_loss",
@@ -104,12 +108,14 @@ __all__ = [
     "weighted_by_policy",
 ]
 
-CONTEXT = ("mean_chosen_length",)
+CONTEXT = ("mean_chosen_length", "kl")
 """Keywords that the objective fills from the global batch; never hyper-parameters."""
 
 
 def _logprob_rewards(policy, reference):
     """Rewards of a loss that names none: the log-ratios, or log-probs without a reference."""
+    if isinstance(policy, UnpairedLogprobs):
+        return policy.completion - reference.completion
     if reference is None:
         return policy.chosen, policy.rejected
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
@@ -141,7 +147,12 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "c2_dpo": (c2_dpo_loss, dpo_rewards),
     "alphapo": (alphapo_loss, alphapo_rewards),
 }
-"""NAME -> (loss, rewards)."""
+"""NAME -> (loss, rewards), of pairs."""
+
+UNPAIRED_LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "kto": (kto_loss, kto_rewards),
+}
+"""NAME -> (loss, rewards), of unpaired completions."""
 
 STATISTICS: dict[str, Callable[..., Any]] = {"bco": bco_middle}
 """NAME -> what the loss keeps a running mean of, ``(policy, reference) -> [B]``.
@@ -172,16 +183,18 @@ def make_preference_loss(
     """Bind a loss of the table, or a function of one's own, to its hyper-parameters.
 
     A function of one's own is ``fn(policy[, reference[, statistics]], *, ...) -> [B]``:
-    the positional arguments it declares are the ones it gets.
+    the positional arguments it declares are the ones it gets. With a keyword ``kl`` it is one of
+    unpaired completions.
 
     Raises:
         ValueError: an unknown name, a hyper-parameter the loss does not take, or a
             required one that is missing.
     """
     if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
-        name, (fn, rewards) = loss, LOSSES[loss]
+        known = LOSSES | UNPAIRED_LOSSES
+        if loss not in known:
+            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(known)}")
+        name, (fn, rewards) = loss, known[loss]
     else:
         name, fn = getattr(loss, "__name__", "loss"), loss
     accepted = hyperparameters(fn)
@@ -196,6 +209,9 @@ def make_preference_loss(
 
     arity = len(_positional(fn))
     context = [k for k in CONTEXT if k in inspect.signature(fn).parameters]
+    unpaired = "kl" in context
+    if unpaired and arity != 2:
+        raise ValueError(f"loss {name!r} takes kl: its arguments are then policy and reference")
 
     def call(policy, reference=None, statistics=None, **values):
         arguments = (policy, reference, statistics)[:arity]
@@ -216,6 +232,7 @@ def make_preference_loss(
         needs_reference=arity >= 2,
         needs_statistics=arity >= 3,
         statistic=STATISTICS.get(name, alphadpo_margin) if arity >= 3 else None,
+        unpaired=unpaired,
     )
 
 
@@ -232,6 +249,9 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
     bad = [weight for weight, _ in losses if not weight > 0]
     if bad:
         raise ValueError(f"a mixture with the weight {bad[0]}: use positive numbers")
+
+    if any(part.unpaired for _, part in losses):
+        raise ValueError("a mixture with a loss of unpaired completions: take that loss alone")
 
     averaged = {part.statistic for _, part in losses if part.needs_statistics}
     if len(averaged) > 1:

@@ -1,11 +1,11 @@
-"""What a preference loss is given, the log-probs of pairs, and what it is to the objective."""
+"""What a preference loss is given, log-probs of completions, and what it is to the objective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class PairLogprobs(NamedTuple):
@@ -20,6 +20,13 @@ class PairLogprobs(NamedTuple):
     rejected_length: Float[Array, "B"]
 
 
+class UnpairedLogprobs(NamedTuple):
+    """Summed log-probs of unpaired completions, in nats, and which of them are desirable."""
+
+    completion: Float[Array, "B"]
+    desirable: Bool[Array, "B"]
+
+
 class PreferenceLoss(NamedTuple):
     """A loss with its hyper-parameters bound, as the objective calls it.
 
@@ -28,6 +35,8 @@ class PreferenceLoss(NamedTuple):
     they look at. ``statistic(policy, reference) -> [B]`` is what ``statistics`` average, over the
     pairs of an update and over updates; ``None`` where the loss has none.
     ``excess_weights`` asks for the context ``desensitized``: see ``wrappers.length_desensitized``.
+    An ``unpaired`` loss is given ``UnpairedLogprobs`` and the context ``kl``: see
+    ``unpaired.kto_loss``. Its rewards are one ``[B]``.
     """
 
     loss: Callable[..., Any]
@@ -36,3 +45,4 @@ class PreferenceLoss(NamedTuple):
     needs_statistics: bool
     statistic: Callable[..., Any] | None = None
     excess_weights: tuple[float, ...] = ()
+    unpaired: bool = False

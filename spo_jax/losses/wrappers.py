@@ -25,12 +25,18 @@ def policy_weights(policy: PairLogprobs) -> Float[Array, "B"]:
     return jax.lax.stop_gradient(jnp.exp(chosen + rejected))
 
 
+def _check_pairs(name: str, loss: PreferenceLoss) -> None:
+    if loss.unpaired:
+        raise ValueError(f"{name}: this loss takes unpaired completions, not pairs; leave it out")
+
+
 def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
     """``loss`` with each pair weighed by how likely the policy itself makes it (WPO).
 
     Pairs of other models' completions then count as little as the policy would produce them.
     Source: Zhou et al., arXiv 2406.11827, without its alignment of the weights.
     """
+    _check_pairs("wpo", loss)
 
     def weighted(policy, reference=None, statistics=None, **values):
         return policy_weights(policy) * loss.loss(policy, reference, statistics, **values)
@@ -51,6 +57,7 @@ def length_desensitized(loss: PreferenceLoss, excess_weight: float) -> Preferenc
     """
     if not 0 <= excess_weight <= 1:
         raise ValueError(f"length_desensitized={excess_weight}: use 0 to 1; 1 changes nothing")
+    _check_pairs("length_desensitized", loss)
     if loss.needs_statistics:
         raise ValueError(
             "length_desensitized: this loss keeps running statistics of whole completions; leave "

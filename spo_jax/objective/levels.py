@@ -70,13 +70,16 @@ class Objective(NamedTuple):
     ``init() -> state``; ``levels(state, reference_params) -> Levels`` whose ``aux`` is
     ``(metrics, next state)``; ``evaluate(params, batch, denominators, state,
     reference_params) -> Terms``, which adds up over batches and changes no state.
-    ``paired_inner_value``: the terms' ``reference_inner`` is the inner value.
+    ``paired_inner_value``: the terms' ``reference_inner`` is the inner value. ``reference_point``,
+    called as ``evaluate`` is, is that of an unpaired loss before it is held above 0; it adds up
+    over batches too, and ``evaluate`` is then given the whole, held, as the state's statistics.
     """
 
     init: Callable[[], ObjectiveState]
     levels: Callable[..., Levels]
     evaluate: Callable[..., Terms]
     paired_inner_value: bool
+    reference_point: Callable[..., Scalar] | None = None
 
 
 def make_objective(
@@ -126,7 +129,18 @@ def make_objective(
         )
         return found._replace(statistics=())
 
-    return Objective(init, levels, evaluate, binding.paired_inner_value)
+    def reference_point(params, batch, denominators, state, reference_params=None) -> Scalar:
+        (found,) = binding.moments(params, batch.preference, denominators, reference_params)
+        return found
+
+    unpaired = loss is not None and loss.unpaired
+    return Objective(
+        init,
+        levels,
+        evaluate,
+        binding.paired_inner_value,
+        reference_point if unpaired else None,
+    )
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
@@ -255,12 +269,13 @@ class _Step:
         """The statistics of a loss that has some, AlphaDPO's or BCO's, with this batch in.
 
         A single micro-batch finds its moments on the way; several need a forward pass of
-        their own first, since the loss of each depends on all.
+        their own first, since the loss of each depends on all. An unpaired loss needs one
+        anyway, of the mismatched completions: its ``kl`` is their mean log-ratio, at least 0.
         """
         loss, before = self.binding.loss, self.state.statistics
-        if loss is None or not loss.needs_statistics:
+        if loss is None or not (loss.needs_statistics or loss.unpaired):
             return None
-        if self.micro_batches == 1:
+        if self.micro_batches == 1 and not loss.unpaired:
             return lambda moments: alphadpo_update_statistics(before, *moments)
         frozen = jax.lax.stop_gradient(params)
 
@@ -270,9 +285,11 @@ class _Step:
             )
             return jax.tree.map(jnp.add, total, found), None
 
-        start = (jnp.zeros(()), jnp.zeros(()))
+        start = (jnp.zeros(()),) * (1 if loss.unpaired else 2)
         split = split_micro_batches(batch, self.micro_batches)
         moments, _ = jax.lax.scan(add, start, split)
+        if loss.unpaired:
+            return jnp.maximum(*moments, 0)
         return alphadpo_update_statistics(before, *moments)
 
     def _finish(self, total: Terms, wanted: Wanted):

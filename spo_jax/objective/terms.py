@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spo_jax.losses import PreferenceLoss, chosen_hinge, token_mean_nll
+from spo_jax.losses import PreferenceLoss, UnpairedLogprobs, chosen_hinge, token_mean_nll
 from spo_jax.losses.contract import PairLogprobs
 from spo_jax.objective.logprobs import (
     rows_in_flight,
@@ -24,8 +24,10 @@ from spo_jax.objective.logprobs import (
     token_logprobs,
 )
 from spo_jax.objective.packed_rows import desensitized_sums, sum_by_example
+from spo_jax.objective.unpaired_rows import chosen_tokens, one_branch, unpaired_metrics
 from spo_jax.types import (
     CHOSEN,
+    MISMATCHED,
     REJECTED,
     BilevelBatch,
     CompletionBatch,
@@ -39,11 +41,15 @@ Wanted = tuple[bool, bool]
 
 
 class Denominators(NamedTuple):
-    """What sums are divided by: counts over the global batch (or a whole evaluation set)."""
+    """What sums are divided by: counts over the global batch (or a whole evaluation set).
+
+    Of unpaired rows the chosen ones are those that are desirable; of pairs each has one.
+    """
 
     rows: Scalar
     chosen_tokens: Scalar
     sft_tokens: Scalar
+    chosen_rows: Scalar
 
 
 class Terms(NamedTuple):
@@ -90,13 +96,15 @@ def example_ids(batch: CompletionBatch) -> Int[Array, "examples"]:
 
 def count(batch: BilevelBatch) -> Denominators:
     """Rows and scored tokens of a batch, from its masks."""
-    rows = chosen = sft = jnp.zeros((), jnp.float32)
+    rows = chosen = sft = chosen_rows = jnp.zeros((), jnp.float32)
     if batch.preference is not None:
-        rows = jnp.sum(batch.preference.row_ids >= 0, dtype=jnp.float32)
-        chosen = jnp.sum(scored_mask(batch.preference)[:, CHOSEN], dtype=jnp.float32)
+        rows = chosen_rows = jnp.sum(batch.preference.row_ids >= 0, dtype=jnp.float32)
+        chosen = chosen_tokens(batch.preference).astype(jnp.float32)
+        if batch.preference.desirable is not None:
+            chosen_rows = jnp.sum(batch.preference.desirable, dtype=jnp.float32)
     if batch.sft is not None:
         sft = jnp.sum(scored_mask(batch.sft), dtype=jnp.float32)
-    return Denominators(rows, chosen, sft)
+    return Denominators(rows, chosen, sft, chosen_rows)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ class Binding:
     ) -> Terms:
         """Contributions of one (micro-)batch.
 
-        ``statistics`` are the loss's, or a function of this batch's moments that gives them.
+        ``statistics`` are the loss's, or a function of this batch's moments that gives them; of
+        an unpaired loss they are its ``kl``.
         """
         wants_outer, wants_inner = wanted
         own_inner = wants_inner and self.inner_data == "sft"
@@ -136,13 +145,12 @@ class Binding:
             tokens = denominators.sft_tokens
             inner = self._sft_terms(params, batch.sft, tokens, reference_params)
         elif not wants_outer:
-            rows, tokens = _chosen_only(batch.preference), denominators.chosen_tokens
+            rows, tokens = one_branch(batch.preference, CHOSEN), denominators.chosen_tokens
             inner = self._sft_terms(params, rows, tokens, reference_params)
         if not wants_outer:
             return inner
-        pairs = self._pair_terms(
-            params, batch.preference, denominators, statistics, reference_params
-        )
+        outer_terms = self._unpaired_terms if self.loss.unpaired else self._pair_terms
+        pairs = outer_terms(params, batch.preference, denominators, statistics, reference_params)
         if inner is None and self.inner_data == "sft":
             zero = jnp.zeros((), jnp.float32)
             return pairs._replace(inner=zero, reference_inner=zero)
@@ -156,8 +164,17 @@ class Binding:
         pairs: CompletionBatch,
         denominators: Denominators,
         reference_params: Params | None,
-    ) -> tuple[Scalar, Scalar]:
-        """Contributions to the global mean of the loss's statistic and of its square."""
+    ) -> tuple[Scalar, ...]:
+        """Contributions to the global mean of the loss's statistic and of its square.
+
+        Of an unpaired loss, to that of the log-ratio of the mismatched completions.
+        """
+        if self.loss.unpaired:
+            rows = one_branch(pairs, MISMATCHED)
+            sums = completion_logprobs(self.logprobs, params, rows)
+            ratio = (sums - self._reference_sums(rows, reference_params))[:, 0]
+            valid = example_ids(pairs) >= 0
+            return (jnp.sum(valid * ratio) / jnp.maximum(denominators.rows, 1),)
         policy, frozen, valid, _ = self._pair_logprobs(params, pairs, reference_params)
         return self._statistic_moments(policy, frozen, valid, denominators)
 
@@ -175,12 +192,13 @@ class Binding:
         return None
 
     def _sft_terms(self, params, rows, tokens, reference_params) -> Terms:
+        counted = 1.0 if rows.desirable is None else rows.desirable.ravel()
         sums = completion_logprobs(self.logprobs, params, rows)
         value = zero = jnp.zeros((), jnp.float32)
         if self.paired_inner_value:
             frozen = self._reference_sums(rows, reference_params)
-            value = token_mean_nll(frozen.ravel(), tokens)
-        return Terms(zero, token_mean_nll(sums.ravel(), tokens), value, {})
+            value = token_mean_nll(counted * frozen.ravel(), tokens)
+        return Terms(zero, token_mean_nll(counted * sums.ravel(), tokens), value, {})
 
     def _pair_logprobs(self, params, pairs, reference_params):
         """Of policy and reference, which rows are none, and more that the loss asks for."""
@@ -235,24 +253,30 @@ class Binding:
         shares = jax.tree.map(lambda s: s * share, () if statistics is None else statistics)
         return Terms(outer, inner, value, jax.lax.stop_gradient(metrics), shares)
 
+    def _unpaired_terms(self, params, rows, denominators, kl, reference_params) -> Terms:
+        own, desirable = one_branch(rows, CHOSEN), rows.desirable.ravel()
+        sums = completion_logprobs(self.logprobs, params, own)[:, 0]
+        frozen = self._reference_sums(own, reference_params)[:, 0]
+        both = UnpairedLogprobs(sums, desirable), UnpairedLogprobs(frozen, desirable)
+        valid = example_ids(rows) >= 0
+        count = jnp.maximum(denominators.rows, 1)
+        loss = outer = jnp.sum(valid * self.loss.loss(*both, kl=kl)) / count
+        inner = token_mean_nll(desirable * sums, denominators.chosen_tokens)
+        value = jnp.zeros((), jnp.float32)
+        if self.paired_inner_value:
+            value = token_mean_nll(desirable * frozen, denominators.chosen_tokens)
+        if self.regularizer == "nll":
+            outer = outer + self.regularizer_weight * inner
+        chosen = denominators.chosen_rows
+        metrics = unpaired_metrics(
+            self.loss.rewards(*both), *both, kl, valid, chosen_rows=chosen, rows=denominators.rows
+        )
+        return Terms(outer, inner, value, jax.lax.stop_gradient({**metrics, "loss": loss}))
+
 
 def _pair(sums: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PairLogprobs:
     return PairLogprobs(
         sums[:, CHOSEN], sums[:, REJECTED], lengths[:, CHOSEN], lengths[:, REJECTED]
-    )
-
-
-def _chosen_only(pairs: CompletionBatch) -> CompletionBatch:
-    """The pairs as SFT rows: where only the chosen count, the rejected need no forward pass."""
-    reference, segments = pairs.reference_logprobs, pairs.segments
-    if segments is not None:
-        lengths = segments.completion_lengths[:, : CHOSEN + 1]
-        segments = segments._replace(completion_lengths=lengths)
-    return pairs._replace(
-        completion_tokens=pairs.completion_tokens[:, : CHOSEN + 1],
-        completion_mask=pairs.completion_mask[:, : CHOSEN + 1],
-        reference_logprobs=None if reference is None else reference[..., : CHOSEN + 1],
-        segments=segments,
     )
 
 

@@ -123,15 +123,21 @@ def assemble(
         check_batch_size(name, part.count, micro, mesh)
     params = sharded_shapes(model.abstract_params(), mesh)
     steps = loop_of(config, stage).steps or _STEPS
-    found = make_stage(config, stage, model, bound_loss(config.loss), mesh, steps=steps)
+    loss = bound_loss(config.loss)
+    found = make_stage(config, stage, model, loss, mesh, steps=steps)
     online = stage != "sft" and config.reference.mode == "online"
     frozen = stage != "sft" and config.reference.mode == "precomputed"
-    batch = {part.level: _row_shapes(part, frozen=frozen, mesh=mesh) for part in rows}
+
+    def shapes(part: Rows) -> CompletionBatch:
+        judged = loss.unpaired and part.level == "preference"
+        return _row_shapes(part, frozen=frozen, judged=judged, mesh=mesh)
+
+    batch = {part.level: shapes(part) for part in rows}
     reference = params if online else None
     return Assembled(found, mesh, params, reference, BilevelBatch(**batch), tuple(rows))
 
 
-def _row_shapes(rows: Rows, *, frozen: bool, mesh: Mesh) -> CompletionBatch:
+def _row_shapes(rows: Rows, *, frozen: bool, judged: bool, mesh: Mesh) -> CompletionBatch:
     """A batch in the pair layout as shapes, cut over the mesh as ``place_batch`` cuts it."""
 
     def shape(*lengths, dtype):
@@ -145,6 +151,7 @@ def _row_shapes(rows: Rows, *, frozen: bool, mesh: Mesh) -> CompletionBatch:
         completion_mask=shape(rows.branches, rows.completion, dtype=jnp.bool_),
         row_ids=shape(dtype=jnp.int32),
         reference_logprobs=shape(rows.branches, dtype=jnp.float32) if frozen else None,
+        desirable=shape(dtype=jnp.bool_) if judged else None,
     )
 
 

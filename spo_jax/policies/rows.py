@@ -17,6 +17,7 @@ from spo_jax.data import (
     make_chat_format,
 )
 from spo_jax.data.chat import template_text
+from spo_jax.data.mismatched import with_mismatched
 from spo_jax.data.packing import ATTENTION_LENGTH
 from spo_jax.data.shares import Prepared, Recipe
 from spo_jax.models import DecoderConfig
@@ -88,8 +89,9 @@ def prepare_rows(
 ) -> Rows:
     """Read, check, split and tokenize a data set; says what was kept, cut and dropped.
 
-    ``kind`` is ``preference`` or ``sft``, ``name`` the section of the configuration, ``date``
-    what chat templates are told, ``cache`` where token rows are kept (``prepare_records``).
+    ``kind`` is ``preference``, ``sft`` or ``unpaired`` (rows then have their mismatched
+    completions), ``name`` the section of the configuration, ``date`` what chat templates are told,
+    ``cache`` where token rows are kept (``prepare_records``).
     """
     template = data.chat_template
     recipe = Recipe(
@@ -122,6 +124,8 @@ def prepare_rows(
         held, lines = prepare(data.eval, data.eval_split, recipe, f"{name}.eval")
         tell((f"{name}.eval", f"{name} held out"), lines)
     held = held[0] if held else None
+    if kind == "unpaired":
+        train, held = with_mismatched(train), None if held is None else with_mismatched(held)
     buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
     given = data.prompt_buckets is not None or data.completion_buckets is not None
     packing = False if data.packing == "auto" and given else data.packing

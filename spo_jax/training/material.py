@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
+from spo_jax.config.choices import rows_kind
 from spo_jax.config.schema import BUILTIN_TASK, Config, LoopConfig
 from spo_jax.data import BatchSource, TrainIterator, eval_batches, make_train_iterator
 from spo_jax.dynamics.probes import Probes
@@ -54,7 +55,7 @@ def rows_of_stage(
             if data.train == BUILTIN_TASK:
                 root = Path(config.output_dir)
                 data = builtin_data(config, section, policy, root, resume=resume)
-            kind = "preference" if section == "data" else "sft"
+            kind = rows_kind(config.loss) if section == "data" else "sft"
             found = prepare_rows(
                 data,
                 kind,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from spo_jax.config.choices import bound_loss
+from spo_jax.config.choices import bound_loss, rows_kind
 from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
@@ -20,7 +20,7 @@ from spo_jax.config.parsing import (
 )
 from spo_jax.config.schema import Config, Named, describe
 from spo_jax.config.validation import checked_config, choices, load_config, unused_sections
-from spo_jax.losses import LOSSES, PairLogprobs, bco_pair_loss, dpo_loss
+from spo_jax.losses import LOSSES, UNPAIRED_LOSSES, PairLogprobs, bco_pair_loss, dpo_loss
 from spo_jax.solvers import SOLVERS
 
 SMALL = {
@@ -206,6 +206,11 @@ IGNORED = [
         {"loss": {"name": "ipo", "tau": 0.1, "length_normalized": False, "label_smoothing": 0.1}},
         ["loss.label_smoothing would be ignored", "ipo takes tau"],
     ),
+    (
+        {"loss": {"name": "kto", "beta": 0.1, "label_smoothing": 0.1}},
+        ["loss.label_smoothing would be ignored", "kto takes beta, desirable_weight, undesirable"],
+    ),
+    ({"loss": {"name": "kto", "beta": 0.1, "wpo": True}}, ["loss.wpo would be ignored"]),
     (
         {"loss": {"name": "simpo", "beta": 2.0, "gamma_beta": 1.0}},
         ["loss.gamma_beta would be ignored", "'gamma_beta_ratio'"],
@@ -499,7 +504,7 @@ def test_help_names_every_key_with_its_default():
             assert f"--{item.name} " in text
     sft = next(line for line in text.splitlines() if "--sft_optimizer.learning-rate" in line)
     assert sft.endswith("[2e-05]")
-    for name in (*LOSSES, *SOLVERS):
+    for name in (*LOSSES, *UNPAIRED_LOSSES, *SOLVERS):
         assert f"      {name}: " in text
     assert "simpo: beta, gamma_beta_ratio, label_smoothing [0.0]" in text
     assert "preference_only: no options" in text
@@ -612,3 +617,45 @@ def test_settings_out_of_their_range_are_refused_before_a_model_is_read():
     assert "loss.flip_rate=0.6" in message
     message = refused(loss=[{"name": "bpo", "weight": 1, "beta": 0.1, "alpha": 2}])
     assert "loss[0].alpha=2" in message
+
+
+KTO = {"name": "kto", "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"loss": {"name": "kto"}}, ["kto needs loss.beta"]),
+        ({"loss": {**KTO, "desirable_weight": 0}}, ["loss.desirable_weight=0.0", "positive"]),
+        ({"loss": {**KTO, "undesirable_weight": -1}}, ["loss.undesirable_weight=-1.0"]),
+        (
+            {"loss": [{**KTO, "weight": 1.0}, {"name": "dpo", "weight": 1.0, "beta": 0.1}]},
+            ["mixture", "unpaired", "alone"],
+        ),
+        ({"loss": KTO, "reference.mode": "none"}, ["reference.mode=none", "loss kto needs"]),
+        ({"loss": KTO, "dynamics.every": 5}, ["dynamics.every", "unpaired"]),
+        ({"loss": KTO, "data.drop_displacing": 0.1}, ["data.drop_displacing", "unpaired"]),
+        (
+            {"loss": KTO, "objective": {"regularizer": "hinge", "regularizer_weight": 1.0}},
+            ["regularizer=hinge", "unpaired", "nll"],
+        ),
+    ],
+)
+def test_what_a_loss_of_unpaired_rows_cannot_do(overrides, parts):
+    message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
+    assert all(part in message for part in parts), message
+
+
+def test_the_loss_says_which_rows_are_read():
+    assert rows_kind(checked(loss=KTO).loss) == "unpaired"
+    assert rows_kind(checked().loss) == "preference"
+
+
+def own_unpaired_loss(policy, reference, *, strength: float, kl):
+    return strength * (policy.completion - reference.completion - kl)
+
+
+def test_an_unpaired_loss_of_ones_own():
+    named = {"name": f"{__name__}:own_unpaired_loss", "strength": 2.0}
+    assert rows_kind(checked(loss=named).loss) == "unpaired"
+    assert "loss.wpo would be ignored" in refused(loss={**named, "wpo": True})

@@ -30,6 +30,10 @@ def assert_same(found, expected):
 def test_what_is_written_is_read(tmp_path):
     save_rows(tmp_path / "rows.npz", PREPARED)
     assert_same(load_rows(tmp_path / "rows.npz"), PREPARED)
+    judged = dataclasses.replace(PREPARED.parts[0], desirable=np.array([True, False]))
+    judged = PREPARED._replace(parts=(judged, *PREPARED.parts[1:]))
+    save_rows(tmp_path / "rows.npz", judged)
+    assert_same(load_rows(tmp_path / "rows.npz"), judged)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.npz"]
     with pytest.raises(FileNotFoundError):
         load_rows(tmp_path / "other.npz")

@@ -11,6 +11,7 @@ from spo_jax.evaluation.heldout import (
     preference_summary,
     row_logprobs,
     sft_summary,
+    unpaired_summary,
     wilson_interval,
 )
 from spo_jax.evaluation.scoring import grade
@@ -47,7 +48,7 @@ def cut(batch, at):
 
 
 def objective(loss="cpo", **options):
-    hyper = {"cpo": {"beta": 0.1, "alpha": 1.0}, "dpo": {"beta": 0.1}}[loss]
+    hyper = {"cpo": {"alpha": 1.0}}.get(loss, {}) | {"beta": 0.1}
     return make_objective(LOGPROBS, make_preference_loss(loss, **hyper), **options)
 
 
@@ -62,6 +63,32 @@ def test_batches_do_not_show():
     assert together.keys() == apart.keys()
     for key, value in together.items():
         assert apart[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_unpaired_rows_are_held_against_the_reference_point_of_the_whole_set():
+    whole = random_batch(filler=1)
+    desirable = np.array([True, False, True, True, False, True, False, False])
+    whole = whole._replace(
+        desirable=desirable, reference_logprobs=whole.reference_logprobs - 20 * np.array([0, 1])
+    )
+    rest = cut(whole, 3)
+    parts = [x._replace(desirable=desirable & (np.asarray(x.row_ids) >= 0)) for x in rest]
+    built = objective("kto")
+    together, apart = evaluated(built, [whole]), evaluated(built, parts)
+    assert together.keys() == apart.keys() >= {"kl", "loss", "gap", "rewards/accuracies"}
+    for key, value in together.items():
+        assert apart[key] == pytest.approx(value, rel=1e-5), key
+    rows = row_logprobs(LOGPROBS, PARAMS, parts, lambda batch: batch)
+    frozen = {"logprobs": np.asarray(whole.reference_logprobs)[:-1], "lengths": rows["lengths"]}
+    summary = unpaired_summary(rows, frozen, desirable[:-1])
+    assert summary["kl"] == pytest.approx(together["kl"], rel=1e-5)
+    assert summary["kl"] > 0
+    assert summary["log_ratio/accuracies"] == pytest.approx(together["rewards/accuracies"])
+    for key in ("log_ratio/chosen", "log_ratio/margin", "logprobs/rejected", "inner_loss"):
+        assert summary[key] == pytest.approx(together[key], rel=1e-5), key
+    alone = unpaired_summary(rows, frozen, np.ones(7, bool))
+    assert not {"logprobs/rejected", "log_ratio/margin"} & set(alone)
+    assert all(np.isfinite(list(alone.values())))
 
 
 def test_values_are_those_of_the_rows():

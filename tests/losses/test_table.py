@@ -8,6 +8,8 @@ import pytest
 
 from spo_jax.losses import (
     LOSSES,
+    UNPAIRED_LOSSES,
+    UnpairedLogprobs,
     alphadpo_init_statistics,
     alphadpo_update_statistics,
     hyperparameters,
@@ -25,7 +27,7 @@ ROWS = {
 
 
 def test_every_loss_has_its_row():
-    assert list(ROWS) == list(LOSSES)
+    assert list(ROWS) == [*LOSSES, *UNPAIRED_LOSSES]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -50,10 +52,25 @@ def test_reference_and_what_is_held(name):
     assert held == ("yes" if for_its_own else "no"), (chosen, rejected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_held_of_unpaired_rows():
+    """A desirable completion below the reference is raised, however far down the others are."""
+    kto = make_preference_loss("kto", beta=0.5)
+
+    def value(completion):
+        policy = UnpairedLogprobs(completion, jnp.array([True, False]))
+        return jnp.sum(
+            kto.loss(policy, UnpairedLogprobs(jnp.zeros(2), policy.desirable), kl=jnp.zeros(()))
+        )
+
+    assert jax.grad(value)(jnp.array([-1.0, -400.0]))[0] < -1e-3
+    assert ROWS["kto"][1:3] == ["yes", "yes"]
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *UNPAIRED_LOSSES])
 def test_settings_and_source_are_named(name):
     equation, _, _, settings, _ = ROWS[name]
-    for key in hyperparameters(LOSSES[name][0]):
+    fn, _ = (LOSSES | UNPAIRED_LOSSES)[name]
+    for key in hyperparameters(fn):
         known = ("beta", "label_smoothing", "gamma_beta_ratio", "tau", "length_normalized", "clip")
         assert key in known or key in equation + settings, key
-    assert "arXiv" in LOSSES[name][0].__doc__ or "METHOD" in LOSSES[name][0].__doc__
+    assert "arXiv" in fn.__doc__ or "METHOD" in fn.__doc__

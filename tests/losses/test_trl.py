@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.losses import LOSSES, make_mixture, make_preference_loss, token_mean_nll
+from spo_jax.losses import (
+    LOSSES,
+    UNPAIRED_LOSSES,
+    make_mixture,
+    make_preference_loss,
+    token_mean_nll,
+)
 from spo_jax.losses.contract import PairLogprobs
 from tests.losses.test_table import ROWS
 from tests.losses.trl_values import CASES, FILE, trl_values
@@ -152,6 +158,7 @@ def test_the_page_names_every_loss_that_trl_has():
             compared[ours] = f"`CPOTrainer`, `{kinds}`"
         elif trainer == "ORPOTrainer":
             compared["orpo"] = "`ORPOTrainer`"
+    compared["kto"] = "`KTOTrainer`"  # by test_unpaired.py
     page = {n: cells[-1].removeprefix("TRL ") for n, cells in ROWS.items() if cells[-1]}
-    assert set(compared) <= set(LOSSES)
+    assert set(compared) <= set(LOSSES | UNPAIRED_LOSSES)
     assert {name: cell.partition(" (")[0] for name, cell in page.items()} == compared

@@ -64,7 +64,7 @@ def batch_of(inner_data, seed=0, **options):
 
 
 def make_step(name, loss="dpo", inner_data="chosen", model=MODEL, micro_batches=1, **options):
-    bound = make_preference_loss(loss, **HYPER[loss])
+    bound = make_preference_loss(loss, **(HYPER | {"kto": {"beta": 0.5}})[loss])
     logprobs = tiny_logprobs(model)
     objective = make_objective(
         logprobs, bound, inner_data=inner_data, micro_batches=micro_batches, **options
@@ -124,6 +124,26 @@ def test_any_loss_works_with_any_solver(loss, name, inner_data):
         needed |= {"loss", "rewards/margins", "rewards/accuracies"}
     assert set(metrics) >= needed
     check_finite(state, metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "inner_data"), [first_of("penalty", *both) for both in SOLVERS_AND_DATA]
+)
+def test_unpaired_rows_work_with_any_solver(name, inner_data):
+    """Two steps, accumulated: they are those of whole batches."""
+    ends = []
+    for micro_batches in (1, 2):
+        init, step = make_step(name, "kto", inner_data, micro_batches=micro_batches)
+        step, state = jit_step(step), init(jax.tree.map(jnp.array, PARAMS), KEY)
+        for seed in range(2):
+            batch = batch_of(inner_data, seed)
+            rows = batch.preference._replace(desirable=jnp.arange(8) % 3 > 0)
+            state, metrics = step(state, batch._replace(preference=rows))
+        check_finite(state, metrics)
+        ends.append(state.solver.params)
+    assert relative_difference(PARAMS, ends[0]) > 1e-4
+    assert relative_difference(*ends) < 1e-4
 
 
 @pytest.mark.parametrize("name", SOLVERS)
