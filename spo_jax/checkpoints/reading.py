@@ -54,8 +54,10 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def broken_weights(state: Any) -> list[str]:
-    """Names of what is not finite in a train state's solver: weights, moments, iterates."""
-    return [name for name in not_finite(state) if name.startswith("solver/")]
+    """Names of what is not finite in a train state: weights, moments, iterates, a tracked copy."""
+    copy = "objective/inner_value/"
+    weights = ("solver/", f"{copy}params/", f"{copy}optimizer/")
+    return [name for name in not_finite(state) if name.startswith(weights)]
 
 
 def described_leaves(tree: Any) -> dict[str, list[Any]]:

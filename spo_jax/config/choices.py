@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from spo_jax.config.parsing import ConfigError, nearest
-from spo_jax.config.schema import MIXTURE, Named
+from spo_jax.config.schema import MIXTURE, Config, Named
 from spo_jax.losses import (
     LOSSES,
     UNPAIRED_LOSSES,
@@ -36,6 +36,19 @@ _KNOWN = LOSSES | UNPAIRED_LOSSES
 def solver_uses(name: str, level: str) -> bool:
     """Whether the solver ``name`` takes steps of ``level`` (``outer`` or ``inner``)."""
     return name in SOLVERS and level in inspect.signature(SOLVERS[name]).parameters
+
+
+def uses_gap(solver: Named) -> bool:
+    """Whether the gap has a part in the updates of ``solver``, and with it the inner value."""
+    if solver.name == "penalty":
+        return solver.options.get("penalty", "linear") != "linear"
+    return solver.name in ("primal_dual", "dynamic_barrier", "max_level")
+
+
+def uses_inner_chain(config: Config, solver: Named) -> bool:
+    """Whether a stage of pairs with this solver takes steps of the section ``inner``."""
+    tracked = config.objective.inner_value == "tracked" and uses_gap(solver)
+    return solver_uses(solver.name, "inner") or tracked
 
 
 def loss_function(name: str, key: str = "loss"):

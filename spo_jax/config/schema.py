@@ -108,9 +108,12 @@ class ObjectiveConfig:
     inner_data: Literal["chosen", "sft"] = _key(
         "chosen", "inner level on the chosen completions, or on the rows of sft_data"
     )
-    inner_value: Literal["reference", "running_min"] | float = _key(
-        "reference", "estimate of the smallest inner loss: reference | running_min | a number"
+    inner_value: Literal["reference", "running_min", "tracked"] | float = _key(
+        "reference",
+        "estimate of the smallest inner loss: reference | running_min | tracked (that of a copy "
+        "of the policy that takes steps of the section inner) | a number",
     )
+    tracked_steps: int = _key(1, "inner steps of the tracked copy an update")
     regularizer: Literal["nll", "hinge"] | None = _key(None, "R: pushes the chosen's likelihood")
     regularizer_weight: float = _key(0.0, "mu, the weight of R")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from spo_jax.config.choices import bound_loss
+from spo_jax.config.choices import bound_loss, uses_gap
 from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import (
     BUILTIN_TASK,
@@ -18,6 +18,7 @@ from spo_jax.config.schema import (
     DataConfig,
     DynamicsConfig,
     LoopConfig,
+    ObjectiveConfig,
     OptimizerConfig,
 )
 from spo_jax.solvers import FORMS, INSIDE, PENALTIES, WEIGHT_SCHEDULES, make_solver
@@ -135,6 +136,19 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
     if objective.inner_data == "sft" and config.solver.name == "preference_only":
         raise ConfigError(
             "objective.inner_data=sft would be ignored: solver preference_only has no inner level"
+        )
+    tracked = objective.inner_value == "tracked"
+    if tracked and not uses_gap(config.solver):
+        raise ConfigError(
+            "objective.inner_value=tracked would be paid for and ignored: the inner value has no "
+            f"part in the updates of solver {config.solver.name} as it is set. Choose penalty with "
+            "penalty: hinge or squared_hinge, primal_dual, dynamic_barrier or max_level; or "
+            "inner_value: running_min"
+        )
+    if objective.tracked_steps != ObjectiveConfig().tracked_steps and not tracked:
+        raise ConfigError(
+            f"objective.tracked_steps={objective.tracked_steps} would be ignored: "
+            f"objective.inner_value is {objective.inner_value}"
         )
     loss = bound_loss(config.loss)
     if loss.excess_weights and loss.needs_reference and reference.mode != "online":

@@ -16,10 +16,11 @@ from spo_jax.config.choices import (
     check_options,
     choices,
     solver_uses,
+    uses_inner_chain,
 )
 from spo_jax.config.parsing import ConfigError, config_from_tree, nearest, override, read_tree
 from spo_jax.config.ranges import validate_ranges
-from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.schema import BUILTIN_TASK, Config, Named
 from spo_jax.config.sections import (
     validate_answers,
     validate_dynamics,
@@ -68,9 +69,10 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["sft"] = unused["sft_optimizer"] = "no stage is sft"
         if config.objective.inner_data != "sft":
             unused["sft_data"] = "no stage is sft and objective.inner_data is not sft"
-    if not _takes_steps(config, "inner"):
+    if not any(uses_inner_chain(config, solver) for solver in _solvers(config)):
         unused["inner"] = (
-            f"solver {config.solver.name} takes no inner steps (the stage sft has sft_optimizer)"
+            f"solver {config.solver.name} takes no inner steps, and objective.inner_value is not "
+            "tracked (the stage sft has sft_optimizer)"
         )
     if not preference:
         pairs = ("data", "loss", "objective", "solver", "outer", "inner", "train", "reference")
@@ -89,15 +91,15 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["task"] = f"no data set is {BUILTIN_TASK}"
         if config.answers.data is None:
             unused["answers"] = "answers.data is not set, so nothing is graded"
-    if preference and not _takes_steps(config, "outer"):
+    if preference and not any(solver_uses(s.name, "outer") for s in _solvers(config)):
         unused["outer"] = f"solver {config.solver.name} takes no outer steps"
     return unused
 
 
-def _takes_steps(config: Config, level: str) -> bool:
-    """Whether a stage of pairs takes steps of ``level``."""
-    solvers = {"preference": config.solver.name, "baseline": "preference_only"}
-    return any(solver_uses(solvers[s], level) for s in config.stages if s in solvers)
+def _solvers(config: Config) -> list[Named]:
+    """Those of the stages of pairs."""
+    solvers = {"preference": config.solver, "baseline": Named("preference_only")}
+    return [solvers[s] for s in config.stages if s in solvers]
 
 
 def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:

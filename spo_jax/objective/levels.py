@@ -7,11 +7,12 @@ Gradient accumulation lives here: levels over micro-batches are the same functio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from spo_jax.losses import (
     PreferenceLoss,
@@ -29,6 +30,7 @@ from spo_jax.objective.terms import (
     count,
     make_logprobs_fn,
 )
+from spo_jax.objective.tracked import Tracked, Tracking, make_tracking
 from spo_jax.solvers.base import Levels, gradient_of, gradients_of, may_weigh
 from spo_jax.types import BilevelBatch, Params
 
@@ -39,6 +41,7 @@ __all__ = [
     "ObjectiveState",
     "RunningMin",
     "Terms",
+    "Tracked",
     "completion_logprobs",
     "count",
     "make_logprobs_fn",
@@ -67,15 +70,18 @@ class ObjectiveState(NamedTuple):
 class Objective(NamedTuple):
     """The two levels of one problem.
 
-    ``init() -> state``; ``levels(state, reference_params) -> Levels`` whose ``aux`` is
-    ``(metrics, next state)``; ``evaluate(params, batch, denominators, state,
+    ``init(params) -> state``, which asks for ``params`` where the inner value is tracked;
+    ``follow(state, batch) -> state`` before an update: the tracked copy's steps, if there is one;
+    ``levels(state, reference_params) -> Levels`` whose ``aux`` is ``(metrics, next state)``, with
+    only the value of that copy; ``evaluate(params, batch, denominators, state,
     reference_params) -> Terms``, which adds up over batches and changes no state.
     ``paired_inner_value``: the terms' ``reference_inner`` is the inner value. ``reference_point``,
     called as ``evaluate`` is, is that of an unpaired loss before it is held above 0; it adds up
     over batches too, and ``evaluate`` is then given the whole, held, as the state's statistics.
     """
 
-    init: Callable[[], ObjectiveState]
+    init: Callable[..., ObjectiveState]
+    follow: Callable[[ObjectiveState, BilevelBatch], ObjectiveState]
     levels: Callable[..., Levels]
     evaluate: Callable[..., Terms]
     paired_inner_value: bool
@@ -92,13 +98,16 @@ def make_objective(
     regularizer_weight: float = 0.0,
     reference: str = "precomputed",
     micro_batches: int = 1,
+    inner: optax.GradientTransformation | None = None,
+    tracked_steps: int = 1,
 ) -> Objective:
     """Bind the levels: ``F = mean loss + mu R`` and ``g = G - inner value`` (METHOD section 3).
 
     ``inner_data`` is ``chosen`` or ``sft`` (the batch's own SFT rows); ``inner_value``
-    ``reference``, ``running_min`` or a number in nats per token; ``reference``
-    ``precomputed`` (log-probs lie in the batch), ``online`` (``levels`` gets the
-    reference's parameters) or ``none``. With ``loss=None`` there is only an inner level.
+    ``reference``, ``running_min``, ``tracked`` (by ``tracked_steps`` of the chain ``inner``, see
+    ``make_tracking``) or a number in nats per token; ``reference`` ``precomputed`` (log-probs lie
+    in the batch), ``online`` (``levels`` gets the reference's parameters) or ``none``. With
+    ``loss=None`` there is only an inner level.
     """
     by_token = loss is not None and loss.excess_weights and loss.needs_reference
     if by_token and reference != "online":
@@ -110,8 +119,14 @@ def make_objective(
         logprobs, loss, inner_data, inner_value, regularizer, regularizer_weight, reference
     )
 
-    def init() -> ObjectiveState:
-        state = ObjectiveState()
+    tracking: Tracking | None = None
+    if inner_value == "tracked":
+        if inner is None:
+            raise ValueError("inner_value='tracked' needs the chain inner, which its copy follows")
+        tracking = make_tracking(inner, steps=tracked_steps)
+
+    def init(params: Params | None = None) -> ObjectiveState:
+        state = ObjectiveState(inner_value=() if tracking is None else tracking.init(params))
         if loss is not None and loss.needs_statistics:
             state = state._replace(statistics=alphadpo_init_statistics())
         if inner_value == "running_min":
@@ -119,7 +134,17 @@ def make_objective(
             state = state._replace(inner_value=RunningMin(zero, zero, jnp.full((), jnp.inf)))
         return state
 
+    def follow(state: ObjectiveState, batch: BilevelBatch) -> ObjectiveState:
+        if tracking is None:
+            return state
+        # The gap to 0 is G itself.
+        plain = _Step(replace(binding, inner_value=0.0), ObjectiveState(), None, micro_batches)
+        followed = tracking.follow(state.inner_value, batch, plain.levels())
+        return state._replace(inner_value=followed)
+
     def levels(state: ObjectiveState, reference_params: Params | None = None) -> Levels:
+        if tracking is not None:  # weights in aux would be copied wherever a solver branches
+            state = state._replace(inner_value=state.inner_value.value)
         return _Step(binding, state, reference_params, micro_batches).levels()
 
     def evaluate(params, batch, denominators, state, reference_params=None) -> Terms:
@@ -127,6 +152,11 @@ def make_objective(
         found = binding.terms(
             params, batch, denominators, state.statistics, reference_params, wanted
         )
+        if tracking is not None and (inner_data == "chosen" or batch.sft is not None):
+            value = binding.terms(
+                state.inner_value.params, batch, denominators, None, reference_params, (False, True)
+            )
+            found = found._replace(reference_inner=value.inner)
         return found._replace(statistics=())
 
     def reference_point(params, batch, denominators, state, reference_params=None) -> Scalar:
@@ -136,9 +166,10 @@ def make_objective(
     unpaired = loss is not None and loss.unpaired
     return Objective(
         init,
+        follow,
         levels,
         evaluate,
-        binding.paired_inner_value,
+        binding.paired_inner_value or tracking is not None,
         reference_point if unpaired else None,
     )
 
@@ -313,6 +344,8 @@ class _Step:
     def _inner_value(self, total: Terms) -> tuple[Scalar, Any]:
         """The estimate of the smallest inner loss, and the running minimum after this batch."""
         kind, running = self.binding.inner_value, self.state.inner_value
+        if kind == "tracked":
+            return running, running
         if kind == "reference":
             return total.reference_inner, running
         if kind != "running_min":

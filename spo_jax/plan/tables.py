@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from spo_jax.objective.levels import Tracked
 from spo_jax.parallel.mesh import BATCH, LeafSharding, sharding_table, unsharded
 from spo_jax.plan.compiled import Assembled
 from spo_jax.training.stage import state_shapes
@@ -50,14 +51,19 @@ def large_unsharded(assembled: Assembled) -> list[LeafSharding]:
 
 def _state_parts(assembled: Assembled) -> list[tuple[str, Any]]:
     state = state_shapes(assembled.stage, assembled.params, assembled.mesh)
-    solver = state.solver
+    solver, objective = state.solver, state.objective
+    tracked = objective.inner_value if isinstance(objective.inner_value, Tracked) else ()
+    if tracked:
+        objective = objective._replace(inner_value=tracked.value)
     return [
         ("parameters", solver.params),
         ("optimizer moments (outer)", solver.outer),
         ("optimizer moments (inner)", solver.inner),
         ("solver variables", solver.variables),
+        ("tracked parameters", tracked.params if tracked else ()),
+        ("optimizer moments (tracked)", tracked.optimizer if tracked else ()),
         ("reference parameters", assembled.reference_params),
-        ("counters and statistics", (state.step, state.objective, state.key)),
+        ("counters and statistics", (state.step, objective, state.key)),
     ]
 
 

@@ -43,7 +43,9 @@ def make_heldout(
         return None
     objective = stage.objective
     if stage.name != "sft":
-        objective = pair_objective(config, model, loss, mesh, inner_data="chosen")
+        objective = pair_objective(
+            config, stage.name, model, loss, mesh, inner_data="chosen", steps=stage.steps
+        )
     batches = heldout_batches(rows, stage.loop, logprobs, mesh)
     return make_evaluate(objective, batches, partial(place_batch, mesh=mesh))
 

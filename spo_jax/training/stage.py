@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from spo_jax.config.choices import solver_uses
+from spo_jax.config.choices import solver_uses, uses_gap
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
@@ -82,10 +82,10 @@ def make_stage(
         inner, schedule = make_chain(config.sft_optimizer, steps)
         return Stage(name, loop, steps, objective, make_inner_only(inner=inner), schedule)
     inner_data = "sft" if has_inner_rows(config, name) else "chosen"
-    objective = pair_objective(config, model, loss, mesh, inner_data=inner_data)
     named = solver_of(config, name)
     outer, schedule = make_chain(config.outer, steps)
     inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
+    objective = pair_objective(config, name, model, loss, mesh, inner_data=inner_data, steps=steps)
     solver = make_solver(named.name, outer=outer, inner=inner, steps=steps, **named.options)
     if not solver_uses(named.name, "outer"):
         schedule = inner_schedule
@@ -94,10 +94,27 @@ def make_stage(
 
 
 def pair_objective(
-    config: Config, model: Model, loss: PreferenceLoss, mesh: Mesh, *, inner_data: str
+    config: Config,
+    name: str,
+    model: Model,
+    loss: PreferenceLoss,
+    mesh: Mesh,
+    *,
+    inner_data: str,
+    steps: int,
 ) -> Objective:
-    """The two levels on pairs; ``inner_data`` is ``chosen`` or ``sft``."""
+    """The two levels of the stage ``name`` on pairs; ``inner_data`` is ``chosen`` or ``sft``.
+
+    ``steps`` are the stage's updates, the length of a tracked copy's schedule. A stage whose solver
+    does not look at the gap has no such copy: it counts the gap from the reference, if it has one.
+    """
     section = config.objective
+    inner_value, options = section.inner_value, {}
+    if inner_value == "tracked" and not uses_gap(solver_of(config, name)):
+        inner_value = "reference"
+    elif inner_value == "tracked":
+        inner, _ = make_chain(config.inner, steps * section.tracked_steps)
+        options = {"inner": inner, "tracked_steps": section.tracked_steps}
     return _objective(
         config,
         model,
@@ -105,10 +122,11 @@ def pair_objective(
         config.train,
         loss=loss,
         inner_data=inner_data,
-        inner_value=section.inner_value,
+        inner_value=inner_value,
         regularizer=section.regularizer,
         regularizer_weight=section.regularizer_weight,
         reference=config.reference.mode,
+        **options,
     )
 
 

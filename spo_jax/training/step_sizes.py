@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 
-from spo_jax.config.choices import solver_uses
+from spo_jax.config.choices import solver_uses, uses_inner_chain
 from spo_jax.config.schema import Config, OptimizerConfig
 from spo_jax.parallel.processes import say
 from spo_jax.solvers import movable_share, typical_steps
@@ -64,10 +64,11 @@ def _optimizers(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, Op
     """The sections of optimizers that the stages use, each once."""
     if "sft" in stages:
         yield "sft_optimizer", config.sft_optimizer
-    solvers = [solver_of(config, name).name for name in stages if name != "sft"]
-    for key in ("outer", "inner"):
-        if any(solver_uses(name, key) for name in solvers):
-            yield key, getattr(config, key)
+    solvers = [solver_of(config, name) for name in stages if name != "sft"]
+    if any(solver_uses(solver.name, "outer") for solver in solvers):
+        yield "outer", config.outer
+    if any(uses_inner_chain(config, solver) for solver in solvers):
+        yield "inner", config.inner
 
 
 def _movable_share(params: Params, optimizer: OptimizerConfig) -> float | None:

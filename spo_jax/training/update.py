@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spo_jax.objective.levels import Objective
+from spo_jax.objective.levels import Objective, Tracked
 from spo_jax.parallel.mesh import tree_shardings
 from spo_jax.solvers import INNER, OUTER, Solver, all_finite
 from spo_jax.types import BilevelBatch, Params, TrainState
@@ -30,12 +30,16 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
-        levels = objective.levels(state.objective, reference_params)
+        before = objective.follow(state.objective, batch)
+        levels = objective.levels(before, reference_params)
         solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
+        tracked = before.inner_value if isinstance(before.inner_value, Tracked) else ()
+        if tracked:
+            objective_state = objective_state._replace(inner_value=tracked)
         metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
         if "gap" in metrics:
             metrics["inside_safe_region"] = metrics["gap"] <= tolerance
-        fine = _is_finite(metrics) & all_finite(_unbounded(solver_state))
+        fine = _is_finite(metrics) & all_finite(_unbounded((solver_state, tracked)))
         fine = _in_order(fine, metrics)
         solver_state, objective_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
@@ -59,13 +63,15 @@ _LEVEL_OF = {"loss": OUTER, "inner_loss": INNER}
 """Of solvers that take one ``level`` an update: only that level's value is there to decide."""
 
 
-def _unbounded(solver_state: Any) -> list[Any]:
-    """What finite norms do not bound: numbers of the solver's own, and weights of float16.
+def _unbounded(state: Any) -> list[Any]:
+    """What finite norms do not bound: numbers of a solver's own, and weights of float16.
+
+    Of a tracked copy the number is its loss, which is none where a gradient of it was none.
 
     Moments are float32 and at most sums of squares that ``grad_norm`` has added up; a finite step
     overflows float16 alone. To look at all of the new state would keep it in memory beside the old.
     """
-    return [x for x in jax.tree.leaves(solver_state) if x.ndim == 0 or x.dtype == jnp.float16]
+    return [x for x in jax.tree.leaves(state) if x.ndim == 0 or x.dtype == jnp.float16]
 
 
 def _is_finite(metrics: Mapping[str, Any]) -> Any:
@@ -117,7 +123,7 @@ def jit_step(step: Any, shardings: Any = None) -> Any:
 
 def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
     """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(), key)
+    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(params), key)
 
 
 def shard_state(

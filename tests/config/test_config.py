@@ -4,12 +4,14 @@ import dataclasses
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 
-from spo_jax.config.choices import bound_loss, rows_kind
+from spo_jax.config.choices import bound_loss, rows_kind, uses_gap
 from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
@@ -21,7 +23,8 @@ from spo_jax.config.parsing import (
 from spo_jax.config.schema import Config, Named, describe
 from spo_jax.config.validation import checked_config, choices, load_config, unused_sections
 from spo_jax.losses import LOSSES, UNPAIRED_LOSSES, PairLogprobs, bco_pair_loss, dpo_loss
-from spo_jax.solvers import SOLVERS
+from spo_jax.solvers import PENALTIES, SOLVERS, make_solver
+from tests.solvers.test_solvers import START, levels
 
 SMALL = {
     "model": {"path": "policy"},
@@ -252,6 +255,15 @@ IGNORED = [
         ["reference.path would be ignored"],
     ),
     (
+        {"objective.inner_value": "tracked"},
+        ["objective.inner_value=tracked would be paid for and ignored", "solver penalty", "hinge"],
+    ),
+    (
+        {"objective.inner_value": "tracked", "solver": {"name": "alternating"}},
+        ["objective.inner_value=tracked", "solver alternating"],
+    ),
+    ({"objective.tracked_steps": 2}, ["tracked_steps=2 would be ignored", "is reference"]),
+    (
         {"solver": {"name": "inner_only"}, "outer": {"learning_rate": 1e-3}},
         ["outer would be ignored", "inner_only takes no outer steps"],
     ),
@@ -262,6 +274,36 @@ IGNORED = [
 def test_what_would_be_ignored_is_refused(overrides, parts):
     message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
     assert all(part in message for part in parts), message
+
+
+def test_a_tracked_copy_takes_the_steps_of_the_section_inner():
+    tracked = {"objective.inner_value": "tracked", "solver.penalty": "hinge"}
+    config = checked(**tracked, inner={"learning_rate": 1e-5})
+    assert "inner" not in unused_sections(config)
+    assert "learning_rate=0" in refused(
+        objective__inner_value="tracked", solver__penalty="hinge", inner={"learning_rate": 0.0}
+    )
+    # Of the two stages only one has a copy; a baseline alone would have none.
+    both = checked(**tracked, stages=["preference", "baseline"])
+    assert "inner" not in unused_sections(both)
+    assert "inner" in unused_sections(checked(stages=["baseline"]))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_whether_the_gap_has_a_part_in_an_update_is_known(name):
+    """On a problem where every solver that looks at the gap does something else outside."""
+    variants = PENALTIES if name == "penalty" else (None,)
+    for variant in variants:
+        options = {} if variant is None else {"penalty": variant}
+        chains = {"outer": optax.sgd(0.1), "inner": optax.sgd(0.1)}
+        solver, ends = make_solver(name, **chains, **options), []
+        for inner_value in (-100.0, 100.0):
+            state = solver.init(START)
+            for _ in range(2):
+                state, _ = solver.update(state, 0, levels(inner_value))
+            ends.append(state.params)
+        differ = not all(map(np.array_equal, *map(jax.tree.leaves, ends)))
+        assert uses_gap(Named(name, options)) == differ, variant
 
 
 @pytest.mark.parametrize("section", ["data", "loss", "objective", "solver", "outer", "train"])
@@ -475,6 +517,12 @@ SAVED = {
         "train": {"epochs": 1, "batch_size": 8, "inner_batch_size": 4, "gradient_accumulation": 4},
         "reference": {"mode": "online", "path": "other"},
         "mesh": {"data": 2, "fsdp": -1},
+    },
+    "tracked": {
+        **SMALL,
+        "objective": {"inner_value": "tracked", "tracked_steps": 2},
+        "solver": {"name": "primal_dual"},
+        "inner": {"learning_rate": 1e-5},
     },
     "inner only": {**SMALL, "solver": {"name": "inner_only"}, "inner": {"name": "lion"}},
 }

@@ -137,6 +137,29 @@ def test_memory_of_a_device():
     assert memory["total"] == held
 
 
+def test_a_tracked_copy_counts_its_weights_and_moments():
+    tracked = {"objective": {"inner_value": "tracked"}, "solver": {"name": "primal_dual"}}
+    found = []
+    for keys in ({"solver": {"name": "primal_dual"}}, tracked):
+        config = config_of(mesh={"data": 1, "fsdp": -1}, **keys)
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        model = make_model(config, {**ARCHITECTURE, "vocab_size": 64}, mesh)
+        rows = stage_rows(config, "preference", prompt_length=8, completion_length=16)
+        groups = groups_of(assemble(config, model, mesh, "preference", rows))
+        found.append({group.name: group for group in groups})
+    plain, copied = found
+    assert set(copied) - set(plain) == {"tracked parameters", "optimizer moments (tracked)"}
+    for more, like in (
+        ("tracked parameters", "parameters"),
+        ("optimizer moments (tracked)", "optimizer moments (outer)"),
+    ):
+        sizes = [(copied[x].bytes, copied[x].bytes_per_device) for x in (more, like)]
+        assert sizes[0] == sizes[1]
+    # One number more: the loss of the copy.
+    statistics = "counters and statistics"
+    assert copied[statistics].bytes == plain[statistics].bytes + 4
+
+
 @pytest.mark.slow
 def test_devices_and_batch_are_those_asked_for():
     compiled = tiny_plan(jax.devices()[:4], batch_size=8)

@@ -311,10 +311,12 @@ def test_a_broken_line_can_be_skipped_and_a_tokenizer_needs_no_pad_token(small, 
         {"reference__mode": "online"},
         {"objective__inner_value": "running_min", "reference__mode": "none", "loss__name": "simpo",
          "loss__gamma_beta_ratio": 0.5},
+        {"objective__inner_value": "tracked", "solver__penalty": "hinge", "reference__mode": "none",
+         "loss__name": "simpo", "loss__gamma_beta_ratio": 0.5, "stages": ["preference"]},
         {"objective__inner_data": "sft", "solver__penalty": "squared_hinge",
          "solver__tolerance": 0.1},
     ],
-    ids=["online", "without a reference", "inner data of its own"],
+    ids=["online", "without a reference", "tracked", "inner data of its own"],
 )  # fmt: skip
 def test_other_ways_to_train(small, capsys, extra):
     arguments, _, tmp_path = small
