@@ -36,7 +36,7 @@ _PUBLIC = {
     ),
     "spo_jax.objective": (
         "token_logprobs token_spread predictor_states scored_mask make_objective "
-        "make_logprobs_fn completion_logprobs Objective"
+        "make_logprobs_fn make_head_gradients completion_logprobs loss_coefficients Objective"
     ),
     "spo_jax.models": "Model Execution load_model load_params init_model save_pretrained",
     "spo_jax.parallel": "make_mesh tree_shardings place_batch",
@@ -47,7 +47,7 @@ _PUBLIC = {
     "spo_jax.dynamics.bandit": (
         "Bandit make_shift_bandit make_bandit_levels simulate masses log_policy"
     ),
-    "spo_jax.dynamics.law": ("make_exact_law make_head_law make_mass law_terms loss_coefficients"),
+    "spo_jax.dynamics.law": ("make_exact_law make_head_law make_mass law_terms"),
     "spo_jax.training.update": "make_train_step jit_step init_state shard_state",
     "spo_jax.training.run": "train judge_start",
     "spo_jax.report": "make_report",

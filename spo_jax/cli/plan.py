@@ -116,6 +116,7 @@ def _stages(options: argparse.Namespace, config: Any) -> tuple[str, ...]:
 
 
 def _plan_stages(options, config, architecture, machine, stages, record) -> int:
+    from spo_jax.config.choices import rows_kind
     from spo_jax.plan import plan_stage
     from spo_jax.plan.inputs import count_rows
     from spo_jax.plan.text import plan_text
@@ -124,7 +125,8 @@ def _plan_stages(options, config, architecture, machine, stages, record) -> int:
     for stage in stages:
         rows = options.rows
         if rows is None:
-            rows = count_rows(config.sft_data if stage == "sft" else config.data)
+            kind = "sft" if stage == "sft" else rows_kind(config.loss)
+            rows = count_rows(config.sft_data if stage == "sft" else config.data, kind)
         found = plan_stage(
             config,
             architecture,

@@ -47,7 +47,11 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
     ModelConfig: {"logprob_chunk": _COUNT},
     DataConfig: _ROWS,
     PreferenceDataConfig: {**_ROWS, "drop_displacing": _SHARE},
-    ObjectiveConfig: {"regularizer_weight": _NOT_NEGATIVE, "tracked_steps": _COUNT},
+    ObjectiveConfig: {
+        "regularizer_weight": _NOT_NEGATIVE,
+        "reward_calibration": _DECAY,
+        "tracked_steps": _COUNT,
+    },
     OptimizerConfig: {
         "final_ratio": _NOT_NEGATIVE,
         "weight_decay": _NOT_NEGATIVE,

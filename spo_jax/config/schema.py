@@ -114,6 +114,9 @@ class ObjectiveConfig:
         "of the policy that takes steps of the section inner) | a number",
     )
     tracked_steps: int = _key(1, "inner steps of the tracked copy an update")
+    reward_calibration: float | None = _key(
+        None, "RC: the loss's two gradients rebalanced, by a running mean of this decay (0.98)"
+    )
     regularizer: Literal["nll", "hinge"] | None = _key(None, "R: pushes the chosen's likelihood")
     regularizer_weight: float = _key(0.0, "mu, the weight of R")
 

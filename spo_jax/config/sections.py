@@ -125,6 +125,26 @@ def validate_answers(config: Config) -> None:
         )
 
 
+def _validate_calibration(config: Config, *, unpaired: bool) -> None:
+    """What ``objective.reward_calibration`` does not go with."""
+    if config.objective.reward_calibration is None:
+        return
+    if unpaired:
+        raise ConfigError(
+            f"objective.reward_calibration with loss {config.loss.name}: it rebalances the two "
+            "completions of a pair, and these rows are unpaired. Set it to null"
+        )
+    if config.solver.name == "inner_only":
+        raise ConfigError(
+            "objective.reward_calibration would be ignored: solver inner_only has no outer level"
+        )
+    if config.dynamics.every is not None:
+        raise ConfigError(
+            "dynamics.every with objective.reward_calibration: probes look at the loss without it. "
+            "Set one of them to null"
+        )
+
+
 def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
     """The sections ``objective`` and ``reference``; ``given`` are the keys somebody set."""
     objective, reference = config.objective, config.reference
@@ -166,6 +186,12 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
             f"dynamics.every with loss {config.loss.name}: probes look at pairs, and its rows are "
             "unpaired. Set dynamics.every to null"
         )
+    if loss.needs_progress and config.dynamics.every is not None:
+        raise ConfigError(
+            f"dynamics.every with loss {config.loss.name}: it changes over the run, and probes "
+            "look at one loss. Set dynamics.every to null"
+        )
+    _validate_calibration(config, unpaired=loss.unpaired)
     if loss.unpaired and config.data.drop_displacing is not None:
         raise ConfigError(
             f"data.drop_displacing with loss {config.loss.name}: it scores pairs, and these rows "

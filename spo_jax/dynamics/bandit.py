@@ -71,6 +71,8 @@ def make_bandit_levels(
     """
     if loss.unpaired:
         raise ValueError("this loss takes unpaired completions; a bandit has pairs")
+    if loss.needs_progress:
+        raise ValueError("this loss changes over a run; a bandit does not count its updates")
     prompts, answers = bandit.prior.shape
     if inner_targets is None:
         inner_targets = jax.nn.one_hot(bandit.chosen, answers)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from spo_jax.losses import PreferenceLoss
 from spo_jax.losses.contract import PairLogprobs
+from spo_jax.objective.calibration import loss_coefficients
 from spo_jax.objective.logprobs import scored_mask, states_and_head, token_logprobs, token_spread
 from spo_jax.objective.terms import LogprobsFn, completion_logprobs
 from spo_jax.solvers.base import inner_product
@@ -33,28 +34,6 @@ from spo_jax.types import CompletionBatch, Params, PreferenceBatch
 
 Probed = dict[str, Float[Array, "B"]]
 """Probe values by name, one a pair."""
-
-
-def loss_coefficients(
-    loss: PreferenceLoss,
-    policy: PairLogprobs,
-    reference: PairLogprobs | None,
-    statistics: Any,
-    *,
-    mean_chosen_length: Float[Array, ""],
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """``c_w = -dl/dw`` and ``c_l = dl/dl`` of the per-example loss, per nat.
-
-    ``statistics`` (AlphaDPO's) and ``mean_chosen_length`` are held fixed, as in an update.
-    """
-
-    def total(chosen, rejected):
-        pair = policy._replace(chosen=chosen, rejected=rejected)
-        values = loss.loss(pair, reference, statistics, mean_chosen_length=mean_chosen_length)
-        return jnp.sum(values)
-
-    by_chosen, by_rejected = jax.grad(total, (0, 1))(policy.chosen, policy.rejected)
-    return -by_chosen, by_rejected
 
 
 def law_terms(

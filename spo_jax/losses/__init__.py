@@ -17,6 +17,7 @@ from spo_jax.losses.margins import (
     dpo_norm_loss,
     dpo_norm_rewards,
     dpo_shift_loss,
+    dpo_shift_ramp_loss,
     dpo_shift_rewards,
     exo_pair_loss,
     robust_dpo_loss,
@@ -88,6 +89,7 @@ __all__ = [
     "dpo_loss",
     "dpo_norm_loss",
     "dpo_shift_loss",
+    "dpo_shift_ramp_loss",
     "dpop_loss",
     "exo_pair_loss",
     "hyperparameters",
@@ -108,8 +110,8 @@ __all__ = [
     "weighted_by_policy",
 ]
 
-CONTEXT = ("mean_chosen_length", "kl")
-"""Keywords that the objective fills from the global batch; never hyper-parameters."""
+CONTEXT = ("mean_chosen_length", "kl", "progress")
+"""Keywords that the objective fills; never hyper-parameters."""
 
 
 def _logprob_rewards(policy, reference):
@@ -141,6 +143,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "exo_pair": (exo_pair_loss, dpo_rewards),
     "dpo_norm": (dpo_norm_loss, dpo_norm_rewards),
     "dpo_shift": (dpo_shift_loss, dpo_shift_rewards),
+    "dpo_shift_ramp": (dpo_shift_ramp_loss, dpo_rewards),
     "cal_dpo": (cal_dpo_loss, dpo_rewards),
     "bpo": (bpo_loss, dpo_rewards),
     "chi_po": (chi_po_loss, chi_po_rewards),
@@ -184,7 +187,7 @@ def make_preference_loss(
 
     A function of one's own is ``fn(policy[, reference[, statistics]], *, ...) -> [B]``:
     the positional arguments it declares are the ones it gets. With a keyword ``kl`` it is one of
-    unpaired completions.
+    unpaired completions; a keyword ``progress`` goes from 0 to 1 over the run.
 
     Raises:
         ValueError: an unknown name, a hyper-parameter the loss does not take, or a
@@ -233,6 +236,7 @@ def make_preference_loss(
         needs_statistics=arity >= 3,
         statistic=STATISTICS.get(name, alphadpo_margin) if arity >= 3 else None,
         unpaired=unpaired,
+        needs_progress="progress" in context,
     )
 
 
@@ -278,6 +282,7 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         needs_statistics=any(part.needs_statistics for part in parts),
         statistic=averaged.pop() if averaged else None,
         excess_weights=tuple(dict.fromkeys(w for part in parts for w in part.excess_weights)),
+        needs_progress=any(part.needs_progress for part in parts),
     )
 
 

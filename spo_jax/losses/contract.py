@@ -36,7 +36,8 @@ class PreferenceLoss(NamedTuple):
     pairs of an update and over updates; ``None`` where the loss has none.
     ``excess_weights`` asks for the context ``desensitized``: see ``wrappers.length_desensitized``.
     An ``unpaired`` loss is given ``UnpairedLogprobs`` and the context ``kl``: see
-    ``unpaired.kto_loss``. Its rewards are one ``[B]``.
+    ``unpaired.kto_loss``. Its rewards are one ``[B]``. One that ``needs_progress`` is given the
+    context ``progress``: 0 in the run's first update, 1 in its last.
     """
 
     loss: Callable[..., Any]
@@ -46,3 +47,4 @@ class PreferenceLoss(NamedTuple):
     statistic: Callable[..., Any] | None = None
     excess_weights: tuple[float, ...] = ()
     unpaired: bool = False
+    needs_progress: bool = False

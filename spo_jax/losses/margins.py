@@ -79,7 +79,7 @@ def dpo_shift_loss(
     """DPO-Shift: ``-log sigmoid(beta (r_w - f r_l))`` with ``f = rejected_weight`` in (0, 1].
 
     The rejected completion weighs less, so that the chosen one falls less; 1 is DPO. The weight
-    is constant here (the paper also draws it or lets it grow). Source: arXiv 2502.07599.
+    is constant; in ``dpo_shift_ramp_loss`` it changes over the run. Source: arXiv 2502.07599.
     """
     chosen, rejected = dpo_shift_rewards(
         policy, reference, beta=beta, rejected_weight=rejected_weight
@@ -95,6 +95,29 @@ def dpo_shift_rewards(
         raise ValueError(f"rejected_weight={rejected_weight}: use more than 0, up to 1 (DPO)")
     chosen, rejected = log_ratios(policy, reference)
     return beta * chosen, beta * rejected_weight * rejected
+
+
+def dpo_shift_ramp_loss(
+    policy: PairLogprobs,
+    reference: PairLogprobs,
+    *,
+    beta: float,
+    initial_weight: float,
+    final_weight: float,
+    label_smoothing: float = 0.0,
+    progress: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "B"]:
+    """``dpo_shift_loss`` with ``f`` on a line from ``initial_weight`` to ``final_weight``.
+
+    ``progress`` is 0 in the run's first update and 1 in its last. Both weights are in (0, 1]. The
+    metrics' rewards are those of DPO. Source: arXiv 2502.07599, its linear increase and decrease.
+    """
+    for name, weight in (("initial_weight", initial_weight), ("final_weight", final_weight)):
+        if not 0 < weight <= 1:
+            raise ValueError(f"{name}={weight}: use more than 0, up to 1 (DPO)")
+    chosen, rejected = log_ratios(policy, reference)
+    weight = initial_weight + progress * (final_weight - initial_weight)
+    return logistic_loss(beta * (chosen - weight * rejected), label_smoothing)
 
 
 def bpo_loss(

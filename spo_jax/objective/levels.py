@@ -1,37 +1,36 @@
-"""Binds model, log-probs and losses into the two levels that a solver sees.
-
-Gradient accumulation lives here: levels over micro-batches are the same functions of
-``(params, batch)``, so that no solver knows of it.
-"""
+"""Binds model, log-probs and losses into the two levels that a solver sees."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spo_jax.losses import (
-    PreferenceLoss,
-    alphadpo_init_statistics,
-    alphadpo_update_statistics,
+from spo_jax.losses import PreferenceLoss, alphadpo_init_statistics
+from spo_jax.objective.accumulation import over_micro_batches, update_levels
+from spo_jax.objective.calibration import (
+    HeadGradientsFn,
+    init_calibration,
+    make_head_gradients,
+    update_calibration,
 )
+from spo_jax.objective.state import ObjectiveState, RunningMin
 from spo_jax.objective.terms import (
     Binding,
     Denominators,
     LogprobsFn,
     Scalar,
     Terms,
-    Wanted,
     completion_logprobs,
     count,
     make_logprobs_fn,
 )
 from spo_jax.objective.tracked import Tracked, Tracking, make_tracking
-from spo_jax.solvers.base import Levels, gradient_of, gradients_of, may_weigh
+from spo_jax.solvers.base import Levels
 from spo_jax.types import BilevelBatch, Params
 
 __all__ = [
@@ -44,34 +43,18 @@ __all__ = [
     "Tracked",
     "completion_logprobs",
     "count",
+    "make_head_gradients",
     "make_logprobs_fn",
     "make_objective",
 ]
-
-INNER_VALUE_DECAY = 0.9
-"""Decay of the exponential average behind ``inner_value: running_min``."""
-
-
-class RunningMin(NamedTuple):
-    """Exponential average of the inner loss (bias-corrected by ``weight``) and its minimum."""
-
-    average: Scalar
-    weight: Scalar
-    minimum: Scalar
-
-
-class ObjectiveState(NamedTuple):
-    """Statistics that training carries from update to update; ``()`` where there are none."""
-
-    statistics: Any = ()
-    inner_value: Any = ()
 
 
 class Objective(NamedTuple):
     """The two levels of one problem.
 
     ``init(params) -> state``, which asks for ``params`` where the inner value is tracked;
-    ``follow(state, batch) -> state`` before an update: the tracked copy's steps, if there is one;
+    ``prepare(state, params, batch, reference_params) -> state`` before an update: the tracked
+    copy's steps, the balance of reward calibration, one update more, as far as there are such;
     ``levels(state, reference_params) -> Levels`` whose ``aux`` is ``(metrics, next state)``, with
     only the value of that copy; ``evaluate(params, batch, denominators, state,
     reference_params) -> Terms``, which adds up over batches and changes no state.
@@ -81,7 +64,7 @@ class Objective(NamedTuple):
     """
 
     init: Callable[..., ObjectiveState]
-    follow: Callable[[ObjectiveState, BilevelBatch], ObjectiveState]
+    prepare: Callable[..., ObjectiveState]
     levels: Callable[..., Levels]
     evaluate: Callable[..., Terms]
     paired_inner_value: bool
@@ -100,6 +83,9 @@ def make_objective(
     micro_batches: int = 1,
     inner: optax.GradientTransformation | None = None,
     tracked_steps: int = 1,
+    reward_calibration: float | None = None,
+    head_gradients: HeadGradientsFn | None = None,
+    steps: int | None = None,
 ) -> Objective:
     """Bind the levels: ``F = mean loss + mu R`` and ``g = G - inner value`` (METHOD section 3).
 
@@ -108,6 +94,11 @@ def make_objective(
     ``make_tracking``) or a number in nats per token; ``reference`` ``precomputed`` (log-probs lie
     in the batch), ``online`` (``levels`` gets the reference's parameters) or ``none``. With
     ``loss=None`` there is only an inner level.
+
+    ``reward_calibration`` is the decay of its running mean, and wants ``head_gradients`` (of
+    ``make_head_gradients``): see ``update_calibration``. It rebalances the gradient of the loss
+    alone; its factor is that of the parameters before the update, for all of an update's steps.
+    ``steps`` is the run's number of updates, which a loss that changes over the run asks for.
     """
     by_token = loss is not None and loss.excess_weights and loss.needs_reference
     if by_token and reference != "online":
@@ -115,8 +106,19 @@ def make_objective(
             f"length_desensitized with reference={reference!r}: the reference's log-probs are "
             "needed by token, not as sums; use online, or a loss without a reference"
         )
+    if reward_calibration is not None:
+        _check_calibration(loss, reward_calibration, head_gradients)
+    if loss is not None and loss.needs_progress and not steps:
+        raise ValueError("this loss changes over the run: give steps, its number of updates")
     binding = Binding(
-        logprobs, loss, inner_data, inner_value, regularizer, regularizer_weight, reference
+        logprobs,
+        loss,
+        inner_data,
+        inner_value,
+        regularizer,
+        regularizer_weight,
+        reference,
+        head_gradients,
     )
 
     tracking: Tracking | None = None
@@ -132,24 +134,58 @@ def make_objective(
         if inner_value == "running_min":
             zero = jnp.zeros(())
             state = state._replace(inner_value=RunningMin(zero, zero, jnp.full((), jnp.inf)))
+        if reward_calibration is not None:
+            state = state._replace(calibration=init_calibration())
+        if loss is not None and loss.needs_progress:
+            state = state._replace(updates=jnp.zeros((), jnp.int32))
         return state
 
-    def follow(state: ObjectiveState, batch: BilevelBatch) -> ObjectiveState:
-        if tracking is None:
-            return state
-        # The gap to 0 is G itself.
-        plain = _Step(replace(binding, inner_value=0.0), ObjectiveState(), None, micro_batches)
-        followed = tracking.follow(state.inner_value, batch, plain.levels())
-        return state._replace(inner_value=followed)
+    def bound(state: ObjectiveState) -> Binding:
+        """With what is fixed during an update."""
+        found = binding
+        if reward_calibration is not None:
+            found = replace(found, factor=state.calibration.factor)
+        if loss is not None and loss.needs_progress:
+            last = jnp.maximum(state.updates - 1, 0)  # the first of ``steps`` is at 0
+            found = replace(found, progress=jnp.minimum(last / max(steps - 1, 1), 1.0))
+        return found
+
+    def prepare(
+        state: ObjectiveState,
+        params: Params,
+        batch: BilevelBatch,
+        reference_params: Params | None = None,
+    ) -> ObjectiveState:
+        if loss is not None and loss.needs_progress:
+            state = state._replace(updates=state.updates + 1)
+        if reward_calibration is not None:
+            denominators, still = count(batch), jax.lax.stop_gradient(params)
+            balance = over_micro_batches(
+                lambda micro: bound(state).balance(
+                    still, micro.preference, denominators, state.statistics, reference_params
+                ),
+                batch,
+                micro_batches,
+            )
+            after = update_calibration(state.calibration, balance, decay=reward_calibration)
+            state = state._replace(calibration=after)
+        if tracking is not None:
+            # The gap to 0 is G itself.
+            plain = replace(binding, inner_value=0.0)
+            of_copy = update_levels(plain, ObjectiveState(), None, micro_batches=micro_batches)
+            followed = tracking.follow(state.inner_value, batch, of_copy)
+            state = state._replace(inner_value=followed)
+        return state
 
     def levels(state: ObjectiveState, reference_params: Params | None = None) -> Levels:
+        fixed = bound(state)
         if tracking is not None:  # weights in aux would be copied wherever a solver branches
             state = state._replace(inner_value=state.inner_value.value)
-        return _Step(binding, state, reference_params, micro_batches).levels()
+        return update_levels(fixed, state, reference_params, micro_batches=micro_batches)
 
     def evaluate(params, batch, denominators, state, reference_params=None) -> Terms:
         wanted = (batch.preference is not None, batch.sft is not None)
-        found = binding.terms(
+        found = bound(state).terms(
             params, batch, denominators, state.statistics, reference_params, wanted
         )
         if tracking is not None and (inner_data == "chosen" or batch.sft is not None):
@@ -166,7 +202,7 @@ def make_objective(
     unpaired = loss is not None and loss.unpaired
     return Objective(
         init,
-        follow,
+        prepare,
         levels,
         evaluate,
         binding.paired_inner_value or tracking is not None,
@@ -174,184 +210,12 @@ def make_objective(
     )
 
 
-def split_micro_batches(batch: Any, count: int) -> Any:
-    """``[B, ...]`` -> ``[count, B / count, ...]``, striped so that no row changes device."""
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-
-
-class _Shared(NamedTuple):
-    """What every micro-batch needs to know of the whole batch."""
-
-    denominators: Denominators
-    statistics: Any
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The levels of one update: the objective's state and the reference are fixed."""
-
-    binding: Binding
-    state: ObjectiveState
-    reference_params: Params | None
-    micro_batches: int
-
-    def levels(self) -> Levels:
-        def outer(params, batch):
-            (value, _), aux = self.both(params, batch, (True, False))
-            return value, aux
-
-        def inner(params, batch):
-            (_, value), aux = self.both(params, batch, (False, True))
-            return value, aux
-
-        return Levels(outer, inner, self.both, self.gradient, self.gradients, self.merge)
-
-    def both(self, params: Params, batch: BilevelBatch, wanted: Wanted = (True, True)):
-        return self._finish(self._total(params, batch, wanted), wanted)
-
-    def gradient(self, params: Params, batch: BilevelBatch, weights):
-        wanted = (True, True)
-        if not callable(weights):
-            wanted = (may_weigh(weights[0]), may_weigh(weights[1]))
-        if self.micro_batches == 1:
-            both = lambda p, b: self.both(p, b, wanted)  # noqa: E731
-            return gradient_of(both, params, batch, weights)
-        if callable(weights):
-            weights = weights(*self.both(params, batch)[0])
-        found, (grads,) = self._accumulated(params, batch, (weights,), wanted)
-        return found, grads
-
-    def gradients(self, params: Params, batch: BilevelBatch):
-        if self.binding.inner_data == "sft":
-            # No pass is shared: each level apart is cheaper than two pullbacks through both.
-            ((value, _), aux), outer_grads = self.gradient(params, batch, (1.0, 0.0))
-            ((_, gap), inner_aux), inner_grads = self.gradient(params, batch, (0.0, 1.0))
-            return ((value, gap), self.merge(aux, inner_aux)), (outer_grads, inner_grads)
-        if self.micro_batches == 1:
-            return gradients_of(self.both, params, batch)
-        return self._accumulated(params, batch, ((1.0, 0.0), (0.0, 1.0)), (True, True))
-
-    @staticmethod
-    def merge(outer_aux, inner_aux):
-        (metrics, state), (inner_metrics, inner_state) = outer_aux, inner_aux
-        return {**metrics, **inner_metrics}, state._replace(inner_value=inner_state.inner_value)
-
-    def _accumulated(self, params, batch, weights, wanted):
-        """Gradients of ``a F + b g`` for each of ``weights``, over all micro-batches."""
-        shared, split = self._shared(params, batch), split_micro_batches(batch, self.micro_batches)
-
-        # A solver that differentiates this recomputes one micro-batch at a time; else no effect.
-        @jax.checkpoint
-        def add(carry, micro):
-            total, grads = carry
-
-            def levels(params):
-                found = self._terms(params, micro, shared, wanted)
-                return (found.outer, found.inner), found
-
-            _, pullback, found = jax.vjp(levels, params, has_aux=True)
-            grads = tuple(
-                jax.tree.map(lambda g, m: g + m.astype(g.dtype), total_grads, pullback(pair)[0])
-                for total_grads, pair in zip(grads, pairs, strict=True)
-            )
-            return (jax.tree.map(jnp.add, total, found), grads), None
-
-        pairs = tuple(tuple(jnp.asarray(w, jnp.float32) for w in pair) for pair in weights)
-        # float32 sums, whatever the parameters are.
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        start = (self._zero_terms(params, split, shared, wanted), (zeros,) * len(pairs))
-        (total, grads), _ = jax.lax.scan(add, start, split)
-        grads = tuple(jax.tree.map(lambda p, g: g.astype(p.dtype), params, g) for g in grads)
-        return self._finish(total, wanted), grads
-
-    def _total(self, params, batch, wanted) -> Terms:
-        """Whole-batch terms, differentiable."""
-        shared = self._shared(params, batch)
-        if self.micro_batches == 1:
-            return self._terms(params, batch, shared, wanted)
-        split = split_micro_batches(batch, self.micro_batches)
-
-        # Recomputed in the backward pass: one micro-batch's activations at a time.
-        @jax.checkpoint
-        def add(total, micro):
-            found = self._terms(params, micro, shared, wanted)
-            return jax.tree.map(jnp.add, total, found), None
-
-        start = self._zero_terms(params, split, shared, wanted)
-        return jax.lax.scan(add, start, split)[0]
-
-    def _terms(self, params, micro, shared: _Shared, wanted) -> Terms:
-        return self.binding.terms(
-            params, micro, shared.denominators, shared.statistics, self.reference_params, wanted
-        )
-
-    def _zero_terms(self, params, split, shared, wanted) -> Terms:
-        first = jax.tree.map(lambda x: x[0], split)
-        shapes = jax.eval_shape(lambda p, m: self._terms(p, m, shared, wanted), params, first)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def _shared(self, params, batch) -> _Shared:
-        denominators = count(batch)
-        return _Shared(denominators, self._statistics(params, batch, denominators))
-
-    def _statistics(self, params, batch, denominators):
-        """The statistics of a loss that has some, AlphaDPO's or BCO's, with this batch in.
-
-        A single micro-batch finds its moments on the way; several need a forward pass of
-        their own first, since the loss of each depends on all. An unpaired loss needs one
-        anyway, of the mismatched completions: its ``kl`` is their mean log-ratio, at least 0.
-        """
-        loss, before = self.binding.loss, self.state.statistics
-        if loss is None or not (loss.needs_statistics or loss.unpaired):
-            return None
-        if self.micro_batches == 1 and not loss.unpaired:
-            return lambda moments: alphadpo_update_statistics(before, *moments)
-        frozen = jax.lax.stop_gradient(params)
-
-        def add(total, micro):
-            found = self.binding.moments(
-                frozen, micro.preference, denominators, self.reference_params
-            )
-            return jax.tree.map(jnp.add, total, found), None
-
-        start = (jnp.zeros(()),) * (1 if loss.unpaired else 2)
-        split = split_micro_batches(batch, self.micro_batches)
-        moments, _ = jax.lax.scan(add, start, split)
-        if loss.unpaired:
-            return jnp.maximum(*moments, 0)
-        return alphadpo_update_statistics(before, *moments)
-
-    def _finish(self, total: Terms, wanted: Wanted):
-        """Whole-batch terms -> ``((F, g), (metrics, next state))``; NaN for a level left out."""
-        wants_outer, wants_inner = wanted
-        nan = jnp.full((), jnp.nan)
-        metrics = dict(total.metrics)
-        running, gap = self.state.inner_value, nan
-        if wants_inner or self.binding.inner_data == "chosen":
-            value, running = self._inner_value(jax.lax.stop_gradient(total))
-            gap = total.inner - value
-            metrics["inner_loss"] = total.inner
-            # An SFT run without a reference has no inner value to compare with.
-            if self.binding.inner_value != "reference" or self.binding.paired_inner_value:
-                metrics |= {"inner_value": value, "gap": gap}
-        statistics = total.statistics if wants_outer else self.state.statistics
-        state = ObjectiveState(statistics, running)
-        outer = total.outer if wants_outer else nan
-        return (outer, gap), jax.lax.stop_gradient((metrics, state))
-
-    def _inner_value(self, total: Terms) -> tuple[Scalar, Any]:
-        """The estimate of the smallest inner loss, and the running minimum after this batch."""
-        kind, running = self.binding.inner_value, self.state.inner_value
-        if kind == "tracked":
-            return running, running
-        if kind == "reference":
-            return total.reference_inner, running
-        if kind != "running_min":
-            return jnp.asarray(kind, jnp.float32), running
-        decay = INNER_VALUE_DECAY
-        average = decay * running.average + (1 - decay) * total.inner
-        weight = decay * running.weight + (1 - decay)
-        minimum = jnp.minimum(running.minimum, average / weight)
-        return minimum, RunningMin(average, weight, minimum)
+def _check_calibration(
+    loss: PreferenceLoss | None, decay: float, head_gradients: HeadGradientsFn | None
+) -> None:
+    if not 0 <= decay < 1:
+        raise ValueError(f"reward_calibration={decay}: the decay of its mean is in [0, 1)")
+    if loss is None or loss.unpaired:
+        raise ValueError("reward_calibration rebalances the completions of a pair: here is none")
+    if head_gradients is None:
+        raise ValueError("reward_calibration needs head_gradients: see make_head_gradients")

@@ -17,6 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from spo_jax.losses import PreferenceLoss, UnpairedLogprobs, chosen_hinge, token_mean_nll
 from spo_jax.losses.contract import PairLogprobs
+from spo_jax.objective.calibration import (
+    Balance,
+    HeadGradientsFn,
+    calibrated,
+    calibrated_sums,
+    loss_coefficients,
+)
 from spo_jax.objective.logprobs import (
     rows_in_flight,
     scored_mask,
@@ -118,6 +125,9 @@ class Binding:
     regularizer: str | None
     regularizer_weight: float
     reference: str
+    head_gradients: HeadGradientsFn | None = None
+    factor: Scalar | None = None
+    progress: Scalar | None = None
 
     @property
     def paired_inner_value(self) -> bool:
@@ -183,6 +193,28 @@ class Binding:
         rows = jnp.maximum(denominators.rows, 1)
         return jnp.sum(valid * found) / rows, jnp.sum(valid * found**2) / rows
 
+    def balance(
+        self,
+        params: Params,
+        pairs: CompletionBatch,
+        denominators: Denominators,
+        statistics: Any,
+        reference_params: Params | None,
+    ) -> Balance:
+        """Contributions to what reward calibration looks at, see ``update_calibration``."""
+        policy, frozen, valid, more = self._pair_logprobs(params, pairs, reference_params)
+        context = self._context(denominators)
+        sides = loss_coefficients(self.loss, policy, frozen, statistics, **context, **more)
+        rows = jnp.maximum(denominators.rows, 1)
+        means = (jnp.sum(valid * side) / rows for side in sides)
+        return Balance(*means, *self.head_gradients(params, pairs, valid / rows))
+
+    def _context(self, denominators: Denominators) -> dict[str, Scalar]:
+        """What a loss may ask for beside log-probs."""
+        mean = denominators.chosen_tokens / jnp.maximum(denominators.rows, 1)
+        found = {"mean_chosen_length": jnp.maximum(mean, 1)}
+        return found if self.progress is None else {**found, "progress": self.progress}
+
     def _reference_sums(self, batch: CompletionBatch, reference_params: Params | None):
         if self.reference == "online":
             sums = completion_logprobs(self.logprobs, reference_params, batch)
@@ -230,9 +262,11 @@ class Binding:
         policy, frozen, valid, more = self._pair_logprobs(params, pairs, reference_params)
         if callable(statistics):
             statistics = statistics(self._statistic_moments(policy, frozen, valid, denominators))
-        mean_length = denominators.chosen_tokens / jnp.maximum(denominators.rows, 1)
-        mean_length = jnp.maximum(mean_length, 1)
-        values = self.loss.loss(policy, frozen, statistics, mean_chosen_length=mean_length, **more)
+        seen = policy
+        if self.factor is not None:
+            seen = calibrated(policy, self.factor)
+            more = {k: calibrated_sums(sums, self.factor) for k, sums in more.items()}
+        values = self.loss.loss(seen, frozen, statistics, **self._context(denominators), **more)
 
         def mean(x):
             return jnp.sum(valid * x) / jnp.maximum(denominators.rows, 1)

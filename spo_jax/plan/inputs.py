@@ -10,6 +10,8 @@ from typing import Any
 
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, PreferenceDataConfig
 from spo_jax.data import load_records, load_tokenizer
+from spo_jax.data.formats import begin
+from spo_jax.data.layouts import LAYOUTS
 from spo_jax.models import load_hf_config
 from spo_jax.policies.loading import MODEL_FOLDER, find_run
 from spo_jax.policies.pair_scores import number_displacing
@@ -80,14 +82,22 @@ def _from_hub(name: str) -> dict[str, Any]:
     return json.loads(Path(file).read_text())
 
 
-def count_rows(data: DataConfig) -> int | None:
-    """Rows of a local file that train, bad ones included; ``None`` if not cheap to know."""
+def count_rows(data: DataConfig, kind: str = "preference") -> int | None:
+    """Rows of a local file that train, bad ones included; ``None`` if not cheap to know.
+
+    Of ``kind`` ``unpaired`` each pair of a file of pairs is two.
+    """
     path = Path(data.train or "").expanduser()
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         return None
     count = sum(1 for _ in load_records(path))
     if data.max_rows is not None:
         count = min(count, data.max_rows)
+    if kind == "unpaired":
+        layout, _ = begin(
+            load_records(path), kind=kind, columns=data.columns, ignore_columns=data.ignore_columns
+        )
+        count *= 2 if layout in LAYOUTS["preference"] else 1
     count = count if data.eval is not None else round(count * (1 - data.eval_fraction))
     if isinstance(data, PreferenceDataConfig) and data.drop_displacing is not None:
         count -= number_displacing(data.drop_displacing, count)

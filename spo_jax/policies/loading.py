@@ -102,8 +102,13 @@ def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
 
 def token_logprobs_of(config: ModelConfig, model: Model, mesh: Mesh) -> LogprobsFn:
     """Token log-probs under ``model``, as many rows of logits at once as the model section says."""
+    return make_logprobs_fn(model, chunk_tokens=logit_rows(config, model, mesh))
+
+
+def logit_rows(config: ModelConfig, model: Model, mesh: Mesh) -> int:
+    """Rows of logits at once, over all data shards."""
     rows = rows_in_flight(config.logprob_chunk, model.config.vocab_size, mesh)
-    return make_logprobs_fn(model, chunk_tokens=rows * batch_shards(mesh))
+    return rows * batch_shards(mesh)
 
 
 def load_policy(

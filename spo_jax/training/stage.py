@@ -15,9 +15,9 @@ from spo_jax.config.choices import solver_uses, uses_gap
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model
-from spo_jax.objective import Objective, make_objective
+from spo_jax.objective import Objective, make_head_gradients, make_objective
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
-from spo_jax.policies.loading import token_logprobs_of
+from spo_jax.policies.loading import logit_rows, token_logprobs_of
 from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
 from spo_jax.types import Params, TrainState
@@ -115,6 +115,9 @@ def pair_objective(
     elif inner_value == "tracked":
         inner, _ = make_chain(config.inner, steps * section.tracked_steps)
         options = {"inner": inner, "tracked_steps": section.tracked_steps}
+    if section.reward_calibration is not None:
+        rows = logit_rows(config.model, model, mesh)
+        options["head_gradients"] = make_head_gradients(model, chunk_tokens=rows)
     return _objective(
         config,
         model,
@@ -126,6 +129,8 @@ def pair_objective(
         regularizer=section.regularizer,
         regularizer_weight=section.regularizer_weight,
         reference=config.reference.mode,
+        reward_calibration=section.reward_calibration,
+        steps=steps,
         **options,
     )
 

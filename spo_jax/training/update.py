@@ -30,7 +30,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
-        before = objective.follow(state.objective, batch)
+        before = objective.prepare(state.objective, state.solver.params, batch, reference_params)
         levels = objective.levels(before, reference_params)
         solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
         tracked = before.inner_value if isinstance(before.inner_value, Tracked) else ()
@@ -39,7 +39,8 @@ def make_train_step(
         metrics = {**metrics, **own, "lr": jnp.asarray(schedule(state.step))}
         if "gap" in metrics:
             metrics["inside_safe_region"] = metrics["gap"] <= tolerance
-        fine = _is_finite(metrics) & all_finite(_unbounded((solver_state, tracked)))
+        unbounded = _unbounded((solver_state, tracked, before.calibration))
+        fine = _is_finite(metrics) & all_finite(unbounded)
         fine = _in_order(fine, metrics)
         solver_state, objective_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
@@ -66,7 +67,8 @@ _LEVEL_OF = {"loss": OUTER, "inner_loss": INNER}
 def _unbounded(state: Any) -> list[Any]:
     """What finite norms do not bound: numbers of a solver's own, and weights of float16.
 
-    Of a tracked copy the number is its loss, which is none where a gradient of it was none.
+    Of a tracked copy the number is its loss, which is none where a gradient of it was none; of
+    reward calibration its mean.
 
     Moments are float32 and at most sums of squares that ``grad_norm`` has added up; a finite step
     overflows float16 alone. To look at all of the new state would keep it in memory beside the old.

@@ -668,6 +668,39 @@ def test_settings_out_of_their_range_are_refused_before_a_model_is_read():
 
 
 KTO = {"name": "kto", "beta": 0.1}
+RAMP = {"name": "dpo_shift_ramp", "beta": 0.1, "initial_weight": 0.5, "final_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"objective.reward_calibration": 1.0}, ["reward_calibration=1.0", "0 to below 1"]),
+        (
+            {"objective.reward_calibration": 0.9, "loss": KTO},
+            ["reward_calibration with loss kto", "unpaired"],
+        ),
+        (
+            {"objective.reward_calibration": 0.9, "solver": {"name": "inner_only"}},
+            ["reward_calibration would be ignored", "inner_only"],
+        ),
+        (
+            {"objective.reward_calibration": 0.9, "dynamics.every": 5},
+            ["dynamics.every with objective.reward_calibration"],
+        ),
+        ({"loss": RAMP, "dynamics.every": 5}, ["dynamics.every", "changes over the run"]),
+        ({"loss": {**RAMP, "final_weight": 2}}, ["loss.final_weight=2.0", "up to 1"]),
+    ],
+)
+def test_what_goes_with_neither_calibration_nor_ramp(overrides, parts):
+    message = refused(**{k.replace(".", "__"): v for k, v in overrides.items()})
+    assert all(part in message for part in parts), message
+
+
+def test_calibration_is_taken_around_a_list():
+    losses = [{**RAMP, "weight": 0.5}, {"name": "dpo", "weight": 0.5, "beta": 0.1}]
+    config = checked(**{"loss": losses, "objective.reward_calibration": 0.98})
+    assert config.objective.reward_calibration == 0.98
+    assert bound_loss(config.loss).needs_progress
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from spo_jax.dynamics.law import (
-    loss_coefficients,
     make_exact_law,
     make_head_law,
     make_mass,
@@ -24,6 +23,7 @@ from spo_jax.losses import (
 )
 from spo_jax.losses.contract import PairLogprobs
 from spo_jax.models import Model
+from spo_jax.objective.calibration import loss_coefficients
 from spo_jax.objective.levels import completion_logprobs, make_objective
 from spo_jax.policies.text_statistics import distinct_n, repetition
 from spo_jax.solvers import make_penalty

@@ -46,6 +46,7 @@ HYPER = {
     "exo_pair": {"beta": 0.5, "target_smoothing": 1e-3},
     "dpo_norm": {"beta": 2.0},
     "dpo_shift": {"beta": 0.5, "rejected_weight": 0.75},
+    "dpo_shift_ramp": {"beta": 0.5, "initial_weight": 0.5, "final_weight": 0.9},
     "cal_dpo": {"beta": 0.1},
     "bpo": {"beta": 0.5, "alpha": 0.3},
     "chi_po": {"beta": 0.5, "clip": 10.0},

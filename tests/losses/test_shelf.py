@@ -39,6 +39,8 @@ VALUES = {
     "exo_pair": Q * (math.log(Q) - math.log(0.999)) + (1 - Q) * (math.log(1 - Q) - math.log(1e-3)),
     "dpo_norm": -log_sigmoid(2 * (-2 / 4 + 3 / 8)),
     "dpo_shift": -log_sigmoid(0.5 * (-2 + 0.75 * 3)),
+    # Of the run's last update; test_a_ramp has the others.
+    "dpo_shift_ramp": -log_sigmoid(0.5 * (-2 + 0.9 * 3)),
     "bpo": -log_sigmoid(0.5 * min(-2, 0.3 * 3)),
     "chi_po": -log_sigmoid(0.5 * (math.exp(-2) - 2 - math.exp(-3) + 3)),
     "c2_dpo": RIGHT + 0.01 * 25,
@@ -63,6 +65,27 @@ def test_hand_computed(name):
 def test_every_loss_has_a_value_by_hand():
     first = {"dpo", "cpo", "dpop", "rdpo", "simpo", "alphadpo", "ipo", "slic"}  # test_preference.py
     assert set(VALUES) == set(LOSSES) - first - {"bco"}
+
+
+def test_a_ramp():
+    ramp = make_preference_loss("dpo_shift_ramp", beta=0.5, initial_weight=0.25, final_weight=0.75)
+    assert ramp.needs_progress
+    for progress, weight in ((0.0, 0.25), (0.5, 0.5), (1.0, 0.75)):
+        shift = make_preference_loss("dpo_shift", beta=0.5, rejected_weight=weight)
+        found = ramp.loss(POLICY, REFERENCE, progress=jnp.float32(progress))
+        np.testing.assert_allclose(found, shift.loss(POLICY, REFERENCE), rtol=1e-6)
+    for name in ("initial_weight", "final_weight"):
+        with pytest.raises(ValueError, match=f"{name}=0.0: use more than 0"):
+            loss_of("dpo_shift_ramp", **{name: 0.0})
+    dpo = make_preference_loss("dpo", beta=0.5)
+    assert not dpo.needs_progress
+    mixture = make_mixture([(0.5, dpo), (0.5, ramp)])
+    assert mixture.needs_progress
+    found = mixture.loss(POLICY, REFERENCE, progress=jnp.float32(0.0))
+    expected = 0.5 * dpo.loss(POLICY, REFERENCE) + 0.5 * ramp.loss(
+        POLICY, REFERENCE, progress=jnp.float32(0.0)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def bco_statistics(*means):

@@ -124,7 +124,9 @@ def test_an_accumulated_copy_holds_one_micro_batch_at_a_time():
             tiny_logprobs(MODEL), loss, micro_batches=micro_batches,
             inner_value="tracked", inner=optax.sgd(0.1),
         )  # fmt: skip
-        return str(jax.make_jaxpr(built.follow)(built.init(PARAMS), batch)).count("length=8")
+        return str(jax.make_jaxpr(built.prepare)(built.init(PARAMS), PARAMS, batch)).count(
+            "length=8"
+        )
 
     assert loops(1) == 0
     assert loops(8) >= 2  # the step, and the loss behind it

@@ -81,6 +81,12 @@ def test_rows_of_a_local_file(tmp_path):
     assert count_rows(DataConfig(train=str(file), max_rows=30)) == 30
     assert count_rows(DataConfig(train=str(file), eval_fraction=0.25)) == 30
     assert count_rows(DataConfig(train="openai/gsm8k")) is None
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    file.write_text(f"{json.dumps(pair)}\n" * 40)
+    assert count_rows(DataConfig(train=str(file), max_rows=30), "unpaired") == 60
+    judged = {"prompt": "a", "completion": "b", "label": True}
+    file.write_text(f"{json.dumps(judged)}\n" * 40)
+    assert count_rows(DataConfig(train=str(file)), "unpaired") == 40
     assert count_rows(DataConfig(train="builtin:arithmetic")) is None
 
 

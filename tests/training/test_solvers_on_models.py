@@ -66,6 +66,7 @@ def batch_of(inner_data, seed=0, **options):
 def make_step(name, loss="dpo", inner_data="chosen", model=MODEL, micro_batches=1, **options):
     bound = make_preference_loss(loss, **(HYPER | {"kto": {"beta": 0.5}})[loss])
     logprobs = tiny_logprobs(model)
+    options = {"steps": 4, **options}
     objective = make_objective(
         logprobs, bound, inner_data=inner_data, micro_batches=micro_batches, **options
     )
