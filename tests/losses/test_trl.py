@@ -10,11 +10,13 @@ import pytest
 from spo_jax.losses import (
     LOSSES,
     UNPAIRED_LOSSES,
+    length_desensitized,
     make_mixture,
     make_preference_loss,
     token_mean_nll,
 )
 from spo_jax.losses.contract import PairLogprobs
+from spo_jax.objective.packed_rows import desensitized_sums
 from tests.losses.test_table import ROWS
 from tests.losses.trl_values import CASES, FILE, trl_values
 
@@ -84,10 +86,32 @@ def read_pairs(values):
     )
 
 
-def batch_loss(name, case, policy, reference):
+def batch_loss(name, case, policy, reference, sums=None):
     loss, nll = equal_to(name, case["trainer"], case["settings"])
     total = nll * token_mean_nll(policy.chosen, jnp.sum(policy.chosen_length))
-    return total if loss is None else total + jnp.mean(loss.loss(policy, reference))
+    if loss is None:
+        return total
+    weight = case["settings"].get("ld_alpha")
+    if weight is None:
+        return total + jnp.mean(loss.loss(policy, reference))
+    loss = length_desensitized(loss, weight)
+    return total + jnp.mean(loss.loss(policy, reference, desensitized={weight: sums}))
+
+
+def weighed(values, weight):
+    """Policy and reference with the excess of the longer completion times ``weight``."""
+    found = []
+    for side, pair in zip(("policy", "reference"), read_pairs(values), strict=True):
+        rows = [values[side][f"{branch}_by_token"] for branch in ("chosen", "rejected")]
+        longest = max(len(x) for row in rows for x in row)
+        tokens = np.zeros((len(rows[0]), 2, longest), np.float32)
+        mask = np.zeros_like(tokens, bool)
+        for branch, row in enumerate(rows):
+            for i, x in enumerate(row):
+                tokens[i, branch, : len(x)], mask[i, branch, : len(x)] = x, True
+        chosen, rejected = desensitized_sums(jnp.array(tokens), jnp.array(mask), None, weight).T
+        found.append(pair._replace(chosen=chosen, rejected=rejected))
+    return tuple(found)
 
 
 def prompt_nll(prompt, length, policy):
@@ -103,14 +127,15 @@ def compare(name, values):
     case, pairs = values["cases"][name], read_pairs(values)
     prompt = tuple(jnp.asarray(values["policy"][k]) for k in ("prompt", "prompt_length"))
 
-    def ours(policy, reference, prompt):
+    def ours(policy, reference, prompt, sums):
         extra = prompt_nll(*prompt, policy) if case["trainer"] == "ORPOTrainer" else 0.0
-        return batch_loss(name, case, policy, reference) + extra
+        return batch_loss(name, case, policy, reference, sums) + extra
 
-    one_each = jax.tree.map(lambda x: x[:, None], (*pairs, prompt))
+    sums = weighed(values, case["settings"].get("ld_alpha", 1.0))
+    one_each = jax.tree.map(lambda x: x[:, None], (*pairs, prompt, sums))
     np.testing.assert_allclose(jax.vmap(ours)(*one_each), case["alone"], rtol=1e-5)
     if name != "aot_unpaired, smoothed":  # its pairs are not ours once there are several
-        np.testing.assert_allclose(ours(*pairs, prompt), case["together"], rtol=1e-5)
+        np.testing.assert_allclose(ours(*pairs, prompt, sums), case["together"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -32,6 +32,8 @@ CASES = {  # name -> trainer, its settings
         DPO,
         {"loss_type": ["aot_unpaired"], "beta": 0.3, "label_smoothing": 0.2},
     ),
+    "sigmoid, ld_alpha": (DPO, {"loss_type": ["sigmoid"], "beta": 0.3, "ld_alpha": 0.4}),
+    "ipo, ld_alpha": (DPO, {"loss_type": ["ipo"], "beta": 0.2, "ld_alpha": 0.0}),
     "hinge": (DPO, {"loss_type": ["hinge"], "beta": 0.3}),
     "ipo": (DPO, {"loss_type": ["ipo"], "beta": 0.2}),
     "exo_pair": (DPO, {"loss_type": ["exo_pair"], "beta": 0.3, "label_smoothing": 1e-3}),
@@ -151,6 +153,7 @@ def pair_logprobs(rows: list[dict], model) -> dict[str, list[float]]:
         for side in ("chosen", "rejected"):
             logprobs = token_logprobs(model, row["prompt_ids"] + row[f"{side}_ids"])
             found.setdefault(side, []).append(sum(logprobs[scored:]))
+            found.setdefault(f"{side}_by_token", []).append(logprobs[scored:])
             found.setdefault(f"{side}_length", []).append(len(logprobs) - scored)
         found.setdefault("prompt", []).append(sum(logprobs[:scored]))
         found.setdefault("prompt_length", []).append(scored)
