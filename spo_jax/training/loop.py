@@ -23,6 +23,7 @@ from spo_jax.training.stopping import (
     stop_signals,
 )
 from spo_jax.training.trackers import DisplacementAlarm, MetricsWriter, MovementAlarm, Progress
+from spo_jax.training.update import of_level_taken
 from spo_jax.types import BilevelBatch, TrainState
 
 
@@ -277,7 +278,9 @@ class Loop:
     def _tell_skipped(
         self, step: int, ids: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        broken = sorted(k for k, v in metrics.items() if not np.isfinite(v))
+        # A solver that takes one level an update has no numbers of the other: they broke nothing.
+        looked_at = of_level_taken(metrics) if "level" in metrics else metrics
+        broken = sorted(k for k in looked_at if not np.isfinite(metrics[k]))
         broken = broken or ["new weights or optimizer state"]
         records = self.batches.records(ids)
         self.writer.write_skipped(step, {"not_finite": broken, "records": records})

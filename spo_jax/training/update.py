@@ -76,6 +76,12 @@ def _unbounded(state: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(state) if x.ndim == 0 or x.dtype == jnp.float16]
 
 
+def of_level_taken(metrics: Mapping[str, float]) -> list[str]:
+    """Names of what decides on an update of the one ``level`` that its solver took."""
+    other = {name for name, level in _LEVEL_OF.items() if metrics["level"] != level}
+    return [name for name in _DECIDING if name in metrics and name not in other]
+
+
 def _is_finite(metrics: Mapping[str, Any]) -> Any:
     found = {name: jnp.isfinite(metrics[name]) for name in _DECIDING if name in metrics}
     if "level" in metrics:

@@ -419,6 +419,16 @@ def test_a_skipped_update_is_counted_and_its_rows_are_written_down(tmp_path, cap
     assert capsys.readouterr().err.count("is not finite") == 2
 
 
+def test_of_a_solver_that_takes_one_level_the_other_is_not_named(tmp_path):
+    def step(state, batch):
+        new, metrics = breaking(2)(state, batch)
+        outer = {"level": 0, "inner_loss": np.nan, "gap": np.nan}
+        return new, metrics | outer
+
+    run(tmp_path, step_fn=step, log_every=100)
+    assert skipped_lines(tmp_path)[0]["not_finite"] == ["grad_norm", "loss"]
+
+
 def test_too_many_skipped_in_a_row_stop_the_run_with_the_last_good_state(tmp_path):
     broken = (2, 4, 5, 6, 7, 8)
     step = breaking(*broken)
