@@ -40,11 +40,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class Dumper(yaml.SafeDumper):
+    """Text that ``_Loader`` reads as a number, such as a name ``5e-7``, goes into quotes."""
+
+
+for _side in (_Loader, Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_value(text: str) -> Any:
@@ -105,20 +110,30 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     Raises:
         ConfigError: a missing file, one that is no YAML mapping, or bases that go in a circle.
     """
-    return override(_read_with_base(Path(path), ()), overrides or {})
+    tree: dict[str, Any] = {}
+    for _, own in read_chain(path):
+        tree = lay_over(tree, own)
+    return override(tree, overrides or {})
 
 
-def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    tree = _read_file(path)
+def read_chain(
+    path: str | Path, above: tuple[Path, ...] = ()
+) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and those it starts from, the one without a ``base`` first, each with its own keys.
+
+    ``above`` are the files that led here. Raises as ``read_tree``.
+    """
+    path = Path(path)
+    tree = read_file(path)
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return [(path, tree)]
     if not isinstance(base, str):
         raise ConfigError(f"base={base!r} of {path}: expected the path of a configuration")
     above = (*above, path.resolve())
     if (path.parent / base).resolve() in above:
         raise ConfigError(f"base={base} of {path} goes in a circle: one must not have a base")
-    return lay_over(_read_with_base(path.parent / base, above), tree)
+    return [*read_chain(path.parent / base, above), (path, tree)]
 
 
 def lay_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +146,8 @@ def lay_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any
     return found
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """One file's own keys, its ``base`` not followed; raises as ``read_tree``."""
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"no configuration at {path}{nearest(path.name, siblings)}")
@@ -283,7 +299,7 @@ def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str
     """The resolved configuration as the text of a file, less the sections ``without``."""
     tree = {k: v for k, v in config_to_dict(config).items() if k not in without}
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    return text + yaml.safe_dump(tree, sort_keys=False)
+    return text + yaml.dump(tree, Dumper=Dumper, sort_keys=False)
 
 
 def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
