@@ -116,9 +116,7 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     return override(tree, overrides or {})
 
 
-def read_chain(
-    path: str | Path, above: tuple[Path, ...] = ()
-) -> list[tuple[Path, dict[str, Any]]]:
+def read_chain(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """A file and those it starts from, the one without a ``base`` first, each with its own keys.
 
     ``above`` are the files that led here. Raises as ``read_tree``.
