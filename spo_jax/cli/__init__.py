@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spo_jax.cli import (
+    completion,
     config,
     evaluate,
     generation,
@@ -45,11 +46,15 @@ Align a language model on preference pairs with Stable Preference Optimization (
                                                probe a run's checkpoints
   spo-jax report RUN                           figures and tables of a run as one HTML page
   spo-jax study CONFIG                         methods with and without SPO over seeds
+  spo-jax completion bash                      a script for the shell's completion (or zsh)
 """
 
 _COMPILING = ("evaluate", "generate", "make-pairs", "score-pairs", "dynamics")
 """Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
-_COMMANDS = (*(train, config, plan, evaluate, generation, make_pairs, score_pairs, study, report),)
+_COMMANDS = (
+    *(train, config, plan, evaluate, generation, make_pairs, score_pairs),
+    *(study, report, completion),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
