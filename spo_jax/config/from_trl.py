@@ -125,8 +125,8 @@ class _Run(Settings):
         path = self.take("model_name_or_path")
         if path is None:
             raise ConfigError("model_name_or_path is not set: name the model in the file")
-        dtype = self.take("dtype", "float32")
-        if dtype == "auto":
+        dtype = self.take("dtype", "auto" if "dtype" in self.given else "float32")
+        if dtype == "auto":  # null too: that of the stored weights
             self.leave("dtype", "float32 is written; set model.param_dtype")
             dtype = "float32"
         fp16 = self.flag("fp16", False)
@@ -229,7 +229,7 @@ class _Run(Settings):
             )
         if "min_lr_rate" in keywords:
             return "cosine", number(keywords, "min_lr_rate", 0.0)
-        return "cosine", number(keywords, "min_lr", 0.0) / rate
+        return "cosine", number(keywords, "min_lr", 0.0) / (rate or 1.0)
 
     def _warmup(self) -> float:
         if self.given.get("lr_scheduler_type") == "constant":

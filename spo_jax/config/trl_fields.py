@@ -120,7 +120,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (ALWAYS, "a checkpoint has all that an exact resume needs, data order included",
      "save_only_model ignore_data_skip restore_callback_states_from_checkpoint"),
     (ALWAYS, "SIGTERM saves first", "enable_jit_checkpoint"),
-    (ALWAYS, "the whole run is one stage of training with its evaluation",
+    (ALWAYS, "a stage trains, and evaluates where there are held-out rows",
      "do_train do_eval do_predict prediction_loss_only"),
     (ALWAYS, "decoders only", "is_encoder_decoder"),
     (ALWAYS, "metrics.jsonl and TensorBoard, written by one process",

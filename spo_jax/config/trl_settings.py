@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from spo_jax.config.parsing import ConfigError, nearest
-from spo_jax.config.trl_fields import CARRIED, FIELDS, OWN, TRAINERS, fields_of
+from spo_jax.config.trl_fields import CARRIED, FIELDS, NONE, OWN, TRAINERS, fields_of
 from spo_jax.config.trl_losses import number
+
+SECRET = ("hub_token", "env")
+"""Settings whose values are not repeated."""
 
 
 class Settings:
@@ -62,10 +65,13 @@ class Settings:
     def left_out(self) -> list[str]:
         """A line for each setting that is not carried, with the reason."""
         return [
-            *(f"{n}={self.given[n]!r}: {self._reason(n)}" for n in self.given if self._is_left(n)),
+            *(f"{self._shown(n)}: {self._reason(n)}" for n in self.given if self._is_left(n)),
             *(f"{n}: {self.trainer.upper()}Trainer has no such setting, "
               f"{', '.join(OWN[n])} has" for n in self.foreign),
         ]  # fmt: skip
+
+    def _shown(self, name: str) -> str:
+        return name if name in SECRET else f"{name}={self.given[name]!r}"
 
     def _is_left(self, name: str) -> bool:
         return name in self.reasons or name not in self.used
@@ -73,6 +79,8 @@ class Settings:
     def _reason(self, name: str) -> str:
         if name in self.reasons:
             return self.reasons[name]
+        if name == "env":
+            return f"{NONE}: set variables of the environment in the shell"
         if name not in FIELDS:
             return f"TRL 1.16 has no such setting{nearest(name, fields_of(self.trainer))}"
         if FIELDS[name].kind == CARRIED:
