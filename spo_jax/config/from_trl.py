@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
 from spo_jax.config.parsing import ConfigError, Dumper, nearest
+from spo_jax.config.schema import Tracker
 from spo_jax.config.trl_fields import FIELDS
 from spo_jax.config.trl_files import find_trainer, read_trl
 from spo_jax.config.trl_losses import loss_sections, number
@@ -106,6 +107,7 @@ class _Run(Settings):
         output = self.take("output_dir")
         self.tree = {
             **({} if output is None else {"output_dir": output}),
+            **self._trackers(),
             "seed": self.whole("seed", 42),
             "model": self._model(),
             "data": self._data(),
@@ -120,6 +122,18 @@ class _Run(Settings):
                 "objective.inner_value: running_min saves its pass."
             )
         return self.tree
+
+    def _trackers(self) -> dict[str, list[str]]:
+        asked = self.take("report_to")
+        if asked is None:
+            return {}
+        names = [asked] if isinstance(asked, str) else list(asked)
+        known = get_args(Tracker)
+        here = [name for name in names if name in known]
+        others = [name for name in names if name not in (*known, "none")]
+        if others:
+            self.leave("report_to", f"{', '.join(map(str, others))}: not among our trackers")
+        return {"trackers": here}
 
     def _model(self) -> dict[str, Any]:
         path = self.take("model_name_or_path")

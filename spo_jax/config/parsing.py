@@ -302,7 +302,7 @@ def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str
 
 def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ from those a run was saved with: ``{"a.b": (old, new)}``."""
-    now, before = _flat(config_to_dict(config)), _flat(saved)
+    now, before = flat_tree(config_to_dict(config)), flat_tree(saved)
     # A mapping that was empty has no keys of its own to compare.
     empty = tuple(f"{key}." for key, value in before.items() if value == {})
     keys = [k for k in (*before, *now) if k in before or k.startswith(empty)]
@@ -310,13 +310,14 @@ def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[An
     return {k: (old, new) for k, (old, new) in found.items() if old != new and old != {}}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     found = {}
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat_tree(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

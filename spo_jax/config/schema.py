@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 BUILTIN_TASK = "builtin:arithmetic"
 """What ``data.train``, ``sft_data.train`` and ``model.tokenizer`` say to use the built-in task."""
@@ -22,6 +22,10 @@ def _key(default: Any, text: str) -> Any:
 
 MIXTURE = "mixture"
 """The name of a loss that is given as a list: a weighted sum of the losses of that list."""
+
+
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""A service that shows metrics."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +283,9 @@ class Config:
     )
     rows_cache: bool | str = _key(
         True, "keep token rows for the next start: true (the user's cache), false, a folder"
+    )
+    trackers: tuple[Tracker, ...] = _key(
+        ("tensorboard",), "services that show the metrics, beside metrics.jsonl"
     )
     stages: tuple[Literal["sft", "preference", "baseline"], ...] = _key(
         ("preference",),

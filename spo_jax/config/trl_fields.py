@@ -64,6 +64,7 @@ _KEYS = {
     "logging_steps": "train.log_every; a share needs max_steps",
     "save_steps": "train.save_every; a share needs max_steps",
     "save_strategy": "no, epoch, best: train.save_every is not set, the end is saved",
+    "report_to": "trackers: tensorboard, wandb, mlflow, trackio; none: metrics.jsonl alone",
     "save_total_limit": "train.keep_checkpoints",
     "learning_rate": "outer.learning_rate (1e-6)",
     "lr_scheduler_type": "outer.schedule: linear (default), cosine, constant; others are refused",
@@ -123,8 +124,8 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (ALWAYS, "a stage trains, and evaluates where there are held-out rows",
      "do_train do_eval do_predict prediction_loss_only"),
     (ALWAYS, "decoders only", "is_encoder_decoder"),
-    (ALWAYS, "metrics.jsonl and TensorBoard, written by one process",
-     "report_to logging_strategy logging_first_step log_on_each_node save_on_each_node"),
+    (ALWAYS, "each update a line in metrics.jsonl, written by one process",
+     "logging_strategy logging_first_step log_on_each_node save_on_each_node"),
     (NOT_YET, "LoRA: all weights are trained",
      "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
      "lora_modules_to_save lora_task_type use_rslora use_dora"),

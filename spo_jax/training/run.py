@@ -14,6 +14,7 @@ from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
 from spo_jax.checkpoints.user_cache import keep_compiled
 from spo_jax.config.choices import bound_loss
+from spo_jax.config.parsing import config_to_dict
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
 from spo_jax.evaluation.answers import Exam, check_exam, make_exam
@@ -25,6 +26,7 @@ from spo_jax.policies.kept_format import keep_stop_ids
 from spo_jax.policies.loading import MODEL_FOLDER, Policy, load_policy
 from spo_jax.policies.rows import Rows
 from spo_jax.training.appraisal import make_heldout, make_look
+from spo_jax.training.boards import check_boards
 from spo_jax.training.loop import Counters, run_loop
 from spo_jax.training.material import (
     Frozen,
@@ -91,6 +93,7 @@ def train(
         Diverged, NothingLearnt: updates that are not finite; a stage that changed no weight.
         ValueError: what cannot be run: data, sizes, a model; the message names the mend.
     """
+    check_boards(config.trackers)
     keep_compiled(config.compilation_cache)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     stages = config.stages if only is None else (only,)
@@ -209,7 +212,13 @@ def run_stage(
         return metrics
 
     if done < steps:
-        writer = MetricsWriter(folder, first_step=done + 1, active=active)
+        writer = MetricsWriter(
+            folder,
+            first_step=done + 1,
+            active=active,
+            boards=config.trackers,
+            config=config_to_dict(config),
+        )
         state = run_loop(
             update,
             state,

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines, TensorBoard, a progress bar; and the displacement alarm."""
+"""Where metrics go: JSON lines, boards, a progress bar; and the displacement alarm."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from spo_jax.checkpoints.atomic import replace_text, to_json, without_nan
 from spo_jax.dynamics.probes import DYNAMICS_FILE, Probes
 from spo_jax.parallel.processes import by_first
+from spo_jax.training.boards import Board, open_boards
 from spo_jax.types import TrainState
 
 
@@ -53,21 +53,31 @@ SKIPPED_FILE = "skipped.jsonl"
 
 
 class MetricsWriter:
-    """``RUN/metrics.jsonl`` and ``RUN/tensorboard``; one process of a run writes.
+    """``RUN/metrics.jsonl`` and the ``boards`` by name; one process of a run writes.
 
     Lines of a step that a resumed run does again are dropped first, so that the file
     has each step once. ``evaluated`` are the steps whose evaluation is among those kept.
+    ``config`` is what services show as the run's settings.
     """
 
-    def __init__(self, folder: Path, *, first_step: int = 0, active: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int = 0,
+        active: bool = True,
+        boards: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.skipped_file = folder / SKIPPED_FILE
         self.evaluated: set[int] = set()
-        self._lines = self._board = self._skipped = None
+        self._lines = self._skipped = None
+        self._boards: list[Board] = []
         self._first_step = first_step
         if not active:
             return
         self._lines = StepLines(folder / "metrics.jsonl", first_step=first_step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._boards = open_boards(boards, folder, config=config or {}, first_step=first_step)
         if self.skipped_file.exists():
             self._open_skipped()
         self.evaluated = {
@@ -92,14 +102,15 @@ class MetricsWriter:
             return
         finite = {k: float(v) for k, v in metrics.items() if math.isfinite(float(v))}
         self._lines.write(step, finite)
-        for key, value in finite.items():
-            self._board.add_scalar(key, value, step)
+        for board in self._boards:
+            board.log(step, finite)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         if self._lines is not None:
             self._lines.close()
-            self._board.close()
+        for board in self._boards:
+            board.close()
         if self._skipped is not None:
             self._skipped.close()
 
