@@ -129,7 +129,7 @@ def _check_variables(chat: ChatFormat, variables: Mapping[str, Any], text: str) 
     for name in variables:
         if name != "tools" and not chat.mentions(name):
             raise BadRow(
-                f"chat_template_kwargs.{name} is not read",
+                f"chat_template_kwargs.{shown([name])} is not read",
                 "the chat template has no variable of that name",
                 "take it out, or " + _no_template(chat),
             )

@@ -6,6 +6,8 @@ import gzip
 import json
 import math
 import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -91,6 +93,14 @@ GOOD: dict[str, dict[str, list[dict[str, Any]]]] = {
         "text": [{"text": "why? because"}],
     },
 }  # fmt: skip
+GOOD["unpaired"] = {
+    "labelled": [
+        {"prompt": "why?", "completion": " because", "label": True},
+        {"prompt": [U], "completion": [A], "label": "false"},
+    ],
+    "labelled question": [{"question": "why?", "answer": "because", "label": 0, "id": 3}],
+    **GOOD["preference"],
+}
 BESIDE = ("system", "tools", "chat_template_kwargs", "context", "thinking", "weight", "score",
           "id")  # fmt: skip
 CAUSES = (
@@ -245,18 +255,28 @@ def check_read_back(rows: Any, tokenizer: Any) -> None:
     )
     assert said.dropped_equal + said.dropped_unscored + len(tokens) == len(rows)
     wrong, n = 0, tokens.num_completions
-    at = dict(zip(tokens.source_rows.tolist(), range(len(tokens)), strict=True))
+    at, there = by_source(tokens.source_rows.tolist(), range(len(tokens))), Counter()
+    whole = Counter(rows.source_rows)
     for source, row in zip(rows.source_rows, rows.rows, strict=True):
-        i = at.get(source)
-        if i is None:
+        if len(at[source]) < whole[source]:  # of a pair taken apart one may be dropped
             continue
+        i = at[source][there[source]]
+        there[source] += 1
         prompt = tokens.prompt_ids[slice(*tokens.prompt_offsets[i : i + 2])].tolist()
-        whole = [row.chosen, row.rejected] if n == 2 else ["".join(t for t, _ in row.pieces)]
+        texts = [row.chosen, row.rejected] if n == 2 else ["".join(t for t, _ in row.pieces)]
         wrong += not _reads(tokenizer, prompt, row.prompt)
-        for b, text in enumerate(whole):
+        for b, text in enumerate(texts):
             ids = tokens.completion_ids[slice(*tokens.completion_offsets[i * n + b :][:2])].tolist()
             wrong += not _reads(tokenizer, ids, text)
     assert not wrong or said.not_read_back, rows
+
+
+def by_source(sources: Iterable[int], values: Iterable[Any]) -> dict[int, list[Any]]:
+    """What comes of each record, in order: of a pair taken apart, two rows."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for source, value in zip(sources, values, strict=True):
+        found[source].append(value)
+    return found
 
 
 def _reads(tokenizer: Any, ids: list[int], text: str) -> bool:
@@ -318,7 +338,8 @@ def skipping(path: Path, kind: str, tokenizer: Any):
         check_refusal(error, path)
         return None
     check_tokens(tokens)
-    assert report.kept == len(rows)
+    apart = 2 if kind == "unpaired" and report.layout in LAYOUTS["preference"] else 1
+    assert report.kept * apart == len(rows)
     assert report.kept + sum(report.bad.values()) == report.read
     assert len(report.examples) == min(5, sum(report.bad.values()))
     assert all(text.startswith(f"{path}:") for text in report.examples)
@@ -327,7 +348,7 @@ def skipping(path: Path, kind: str, tokenizer: Any):
 
 def check_good_rows_are_kept(rows: Any, kind: str, lines: Lines, tokenizer: Any) -> None:
     """Rows that were left as they are stand at their place and read as they do by themselves."""
-    at = dict(zip(rows.source_rows, rows.rows, strict=True))
+    at = by_source(rows.source_rows, rows.rows)
     record = 0
     for line, well in lines:
         if well:
@@ -337,7 +358,7 @@ def check_good_rows_are_kept(rows: Any, kind: str, lines: Lines, tokenizer: Any)
             except RowError:  # this template refuses a system turn, say
                 assert record not in at
             else:
-                assert at[record] == expected[0]
+                assert at[record] == list(expected.rows)
         record += bool(line.strip())
 
 
