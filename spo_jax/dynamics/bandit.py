@@ -67,12 +67,11 @@ def make_bandit_levels(
     The SFT data are the chosen answers, or answers drawn from ``inner_targets`` (a
     distribution a row); with the reference's own distribution ``g`` is
     ``KL(reference || policy)``. ``aux`` of either level is the log-policy ``[S, A]`` at
-    which it was computed. The ``batch`` is not looked at: every update sees all pairs.
+    which it was computed. The ``batch`` is not looked at: every update sees all pairs. A loss
+    that changes over a run is that of its last update here.
     """
     if loss.unpaired:
         raise ValueError("this loss takes unpaired completions; a bandit has pairs")
-    if loss.needs_progress:
-        raise ValueError("this loss changes over a run; a bandit does not count its updates")
     prompts, answers = bandit.prior.shape
     if inner_targets is None:
         inner_targets = jax.nn.one_hot(bandit.chosen, answers)
