@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from spo_jax.losses import alphadpo_update_statistics
 from spo_jax.objective.state import INNER_VALUE_DECAY, ObjectiveState, RunningMin
-from spo_jax.objective.terms import Binding, Scalar, Terms, Wanted, count
+from spo_jax.objective.terms import Binding, Denominators, Scalar, Terms, Wanted, count
 from spo_jax.solvers.base import Levels, gradient_of, gradients_of, may_weigh
 from spo_jax.types import BilevelBatch, Params
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spo_jax.config.trl_losses import DPO_LOSSES
 from spo_jax.losses import (
     LOSSES,
     UNPAIRED_LOSSES,
@@ -22,21 +23,6 @@ from tests.losses.trl_values import CASES, FILE, trl_values
 
 STORED = json.loads(FILE.read_text())
 
-NAMES = {
-    "sigmoid": "dpo",
-    "hinge": "slic",
-    "ipo": "ipo",
-    "exo_pair": "exo_pair",
-    "nca_pair": "nca",
-    "robust": "robust_dpo",
-    "bco_pair": "bco_pair",
-    "sppo_hard": "sppo_hard",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "sigmoid_norm": "dpo_norm",
-}
-"""``loss_type`` of TRL's DPO trainer -> our name."""
-
 
 def dpo_trainer_loss(loss_type, settings):
     """Our loss for one ``loss_type``, its settings under our names."""
@@ -47,7 +33,7 @@ def dpo_trainer_loss(loss_type, settings):
         "robust": {**beta, "flip_rate": smoothing},
         "exo_pair": {**beta, "target_smoothing": smoothing},
     }
-    return make_preference_loss(NAMES[loss_type], **hyper.get(loss_type, beta))
+    return make_preference_loss(DPO_LOSSES[loss_type], **hyper.get(loss_type, beta))
 
 
 def cpo_trainer_loss(settings):
@@ -176,8 +162,8 @@ def test_the_page_names_every_loss_that_trl_has():
     compared = {}
     for trainer, settings in CASES.values():
         kinds = settings.get("loss_type", [])
-        if trainer == "DPOTrainer" and len(kinds) == 1 and kinds[0] in NAMES:
-            compared[NAMES[kinds[0]]] = f"`{kinds[0]}`"
+        if trainer == "DPOTrainer" and len(kinds) == 1 and kinds[0] in DPO_LOSSES:
+            compared[DPO_LOSSES[kinds[0]]] = f"`{kinds[0]}`"
         elif trainer == "CPOTrainer":
             ours = {"sigmoid": "cpo"}.get(kinds, kinds)
             compared[ours] = f"`CPOTrainer`, `{kinds}`"

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.checkpoints import Checkpoints
 from spo_jax.evaluation.heldout import make_evaluate
 from spo_jax.losses import (
     length_desensitized,
@@ -24,10 +23,11 @@ from spo_jax.objective.calibration import (
     update_calibration,
 )
 from spo_jax.objective.levels import completion_logprobs, make_objective
-from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
+from spo_jax.parallel.mesh import make_mesh, place_batch
 from spo_jax.training.update import jit_step, shard_state
 from spo_jax.types import BilevelBatch
 from tests.losses.test_preference import POLICY, REFERENCE
+from tests.objective.test_tracked import two_and_two
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 from tests.training.test_solvers_on_models import (
     KEY,
@@ -213,20 +213,7 @@ def test_eight_devices_find_the_factor_of_one():
 
 
 def test_two_steps_and_two_are_four_bit_for_bit(tmp_path):
-    init, step = calibrated_step("penalty", "dpo_shift_ramp")
-    mesh = make_mesh()
-    state, shardings = shard_state(init, mesh, PARAMS, KEY)
-    step, checkpoints = jit_step(step, shardings), Checkpoints(tmp_path)
-    batches = [place_batch(batch_of("chosen", seed), mesh) for seed in range(4)]
-    for number, batch in enumerate(batches):
-        state, _ = step(state, batch)
-        if number == 1:
-            checkpoints.save(2, state, {}, {})
-            checkpoints.wait()
-    again, _, _ = checkpoints.restore(sharded_shapes(jax.eval_shape(init, PARAMS, KEY), mesh))
-    for batch in batches[2:]:
-        again, _ = step(again, batch)
-    checkpoints.close()
+    state, again = two_and_two(*calibrated_step("penalty", "dpo_shift_ramp"), tmp_path)
     assert int(again.objective.updates) == 4
     jax.tree.map(np.testing.assert_array_equal, again, state)
 

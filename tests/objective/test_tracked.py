@@ -153,11 +153,11 @@ def test_eight_devices_take_the_steps_of_one_and_cut_the_copy_like_the_policy(na
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), *ends)
 
 
-def test_two_steps_and_two_are_four_bit_for_bit(tmp_path):
-    init, step = tracked_step("primal_dual", loss="alphadpo")
+def two_and_two(init, step, folder):
+    """The state after four steps, and that of two, a restored checkpoint and two more."""
     mesh = make_mesh()
     state, shardings = shard_state(init, mesh, PARAMS, KEY)
-    step, checkpoints = jit_step(step, shardings), Checkpoints(tmp_path)
+    step, checkpoints = jit_step(step, shardings), Checkpoints(folder)
     batches = [place_batch(batch_of("chosen", seed), mesh) for seed in range(4)]
     for number, batch in enumerate(batches):
         state, _ = step(state, batch)
@@ -168,6 +168,11 @@ def test_two_steps_and_two_are_four_bit_for_bit(tmp_path):
     for batch in batches[2:]:
         again, _ = step(again, batch)
     checkpoints.close()
+    return state, again
+
+
+def test_two_steps_and_two_are_four_bit_for_bit(tmp_path):
+    state, again = two_and_two(*tracked_step("primal_dual", loss="alphadpo"), tmp_path)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
