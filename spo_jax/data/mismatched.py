@@ -11,7 +11,7 @@ from jaxtyping import Int
 from spo_jax.data.token_rows import TokenizedRows
 
 
-def with_mismatched(rows: TokenizedRows) -> TokenizedRows:
+def with_mismatched(rows: TokenizedRows, *, name: str) -> TokenizedRows:
     """Unpaired rows of one completion, with that of another prompt as their second branch.
 
     KTO's reference point is estimated from such completions. TRL rolls those of a batch by one.
@@ -20,9 +20,9 @@ def with_mismatched(rows: TokenizedRows) -> TokenizedRows:
     where no prompt comes twice. Fixed by row, it depends on no batch, so that the reference's
     log-probs can be computed ahead, and both completions share their prompt in the pair layout.
 
-    Raises ``ValueError`` where one prompt has more than half of the rows.
+    Raises ``ValueError`` where one prompt has more than half of the rows, which ``name`` says.
     """
-    partner = mismatched_rows(rows)
+    partner = mismatched_rows(rows, name=name)
     order = np.stack([np.arange(len(rows)), partner], axis=1).ravel()
     lengths = rows.completion_lengths[:, 0][order]
     ends = np.cumsum(lengths)
@@ -37,7 +37,7 @@ def with_mismatched(rows: TokenizedRows) -> TokenizedRows:
     )
 
 
-def mismatched_rows(rows: TokenizedRows) -> Int[np.ndarray, "N"]:
+def mismatched_rows(rows: TokenizedRows, *, name: str) -> Int[np.ndarray, "N"]:
     """For each row the one whose completion it gets: a permutation, see ``with_mismatched``."""
     prompts: dict[bytes, int] = {}
     ends = rows.prompt_offsets
@@ -50,8 +50,9 @@ def mismatched_rows(rows: TokenizedRows) -> Int[np.ndarray, "N"]:
     most = int(np.bincount(number).max())
     if 2 * most > len(rows):
         raise ValueError(
-            f"{most} of {len(rows)} rows have the same prompt: kto compares each row with a "
-            "completion of another prompt, and there are too few. Give rows of more prompts"
+            f"{name}: {most} of {len(rows)} rows have the same prompt: kto compares each row with "
+            "a completion of another prompt, and there are too few. Give rows of more prompts; of "
+            "held-out rows, raise eval_fraction"
         )
     by_prompt = np.argsort(number, kind="stable")
     partner = np.empty(len(rows), np.int64)

@@ -125,7 +125,8 @@ def prepare_rows(
         tell((f"{name}.eval", f"{name} held out"), lines)
     held = held[0] if held else None
     if kind == "unpaired":
-        train, held = with_mismatched(train), None if held is None else with_mismatched(held)
+        train = with_mismatched(train, name=f"{name} train")
+        held = None if held is None else with_mismatched(held, name=f"{name} held out")
     buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
     given = data.prompt_buckets is not None or data.completion_buckets is not None
     packing = False if data.packing == "auto" and given else data.packing

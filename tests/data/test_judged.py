@@ -139,7 +139,7 @@ def completion(rows, row, branch):
 
 def test_mismatched_completions_are_those_of_the_row_before():
     rows = judged([[1], [2], [3, 4], []])
-    found = with_mismatched(rows)
+    found = with_mismatched(rows, name="data train")
     assert found.num_completions == 2
     for row, other in enumerate([3, 0, 1, 2]):
         np.testing.assert_array_equal(completion(found, row, 0), completion(rows, row, 0))
@@ -151,14 +151,16 @@ def test_mismatched_completions_are_those_of_the_row_before():
 
 def test_mismatched_completions_are_trls_where_no_prompt_comes_twice():
     trl = json.loads(FILE.read_text())["rows"]
-    found = with_mismatched(make_rows([(r["prompt_ids"], [r["completion_ids"]]) for r in trl]))
+    found = with_mismatched(
+        make_rows([(r["prompt_ids"], [r["completion_ids"]]) for r in trl]), name="data train"
+    )
     for i, row in enumerate(trl):
         assert completion(found, i, 1).tolist() == row["KL_completion_ids"]
 
 
 def test_rows_of_pairs_meet_those_of_the_prompt_before():
     """Chosen meet chosen ones, so that both kinds are among the mismatched."""
-    partner = mismatched_rows(judged([[1], [1], [2], [2], [3], [3]]))
+    partner = mismatched_rows(judged([[1], [1], [2], [2], [3], [3]]), name="data train")
     assert partner.tolist() == [4, 5, 0, 1, 2, 3]
 
 
@@ -168,7 +170,7 @@ def test_each_completion_serves_once_and_never_its_own_prompt():
         prompts = [[int(x)] for x in rng.choice(6, 40, p=[0.3, 0.3, 0.1, 0.1, 0.1, 0.1])]
         if max(Counter(map(tuple, prompts)).values()) > 20:
             continue
-        partner = mismatched_rows(judged(prompts))
+        partner = mismatched_rows(judged(prompts), name="data train")
         assert sorted(partner) == list(range(40))
         assert all(prompts[i] != prompts[j] for i, j in enumerate(partner))
 
@@ -176,7 +178,7 @@ def test_each_completion_serves_once_and_never_its_own_prompt():
 @pytest.mark.parametrize("prompts", [[[1]], [[1], [1], [2]]])
 def test_too_few_prompts_are_an_error(prompts):
     with pytest.raises(ValueError, match=r"have the same prompt.*rows of more prompts"):
-        with_mismatched(judged(prompts))
+        with_mismatched(judged(prompts), name="data train")
 
 
 def test_rows_that_are_taken_keep_their_labels():
@@ -185,7 +187,7 @@ def test_rows_that_are_taken_keep_their_labels():
 
 
 def test_batches_carry_the_labels_and_fillers_have_none():
-    rows = with_mismatched(judged([[1], [2], [3]], [True, False, True]))
+    rows = with_mismatched(judged([[1], [2], [3]], [True, False, True]), name="data train")
     plain = rows_to_batch(rows, np.array([2, FILLER, 0, 1]), prompt_length=1, completion_length=3)
     assert plain.desirable.tolist() == [True, False, True, False]
     packed = rows_to_batch(

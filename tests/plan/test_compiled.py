@@ -51,7 +51,10 @@ KINDS = {
         "objective": {"inner_data": "sft"},
         "train": {**TREE["train"], "inner_batch_size": 32},
     },
-    "unpaired rows": {"loss": {"name": "kto", "beta": 0.1}},
+    "unpaired rows": {
+        "loss": {"name": "kto", "beta": 0.1},
+        "data": {**SHORT, "eval_fraction": 0.25},
+    },
     "no reference": {
         "reference": {"mode": "none"},
         "loss": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5},
