@@ -30,7 +30,7 @@ from spo_jax.config.choices import bound_loss
 from spo_jax.config.validation import checked_config
 from spo_jax.objective import make_objective
 from spo_jax.parallel.mesh import make_mesh
-from spo_jax.plan import DoesNotFit, Machine, describe_machine, memory_summary, versions
+from spo_jax.plan import DoesNotFit, Machine, describe_machine, memory_summary, software
 from spo_jax.plan.compiled import (
     assemble,
     compile_assembled,
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     shapes = read_shapes(parser, options.shape, options.pairs)
     architecture = json.loads(options.architecture.read_text())
-    told = ", ".join(f"{name} {number}" for name, number in versions().items() if number)
+    told = ", ".join(f"{name} {number}" for name, number in software().items())
     print(f"{options.architecture.stem}, remat {options.remat}; {told}")
     records = []
     for topology in options.topology:
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(line(name, found), flush=True)
     if options.json:
         options.json.write_text(
-            json.dumps({"versions": versions(), "remat": options.remat, "steps": records}, indent=2)
+            json.dumps({"versions": software(), "remat": options.remat, "steps": records}, indent=2)
             + "\n"
         )
 

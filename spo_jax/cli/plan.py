@@ -56,7 +56,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from spo_jax.plan import describe_machine, machine_record, versions
+    from spo_jax.plan import describe_machine, machine_record, software
 
     _check(options)
     # Before anything starts JAX: it settles what devices there are.
@@ -69,9 +69,9 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, read_overrides(options.overrides))
     stages = _stages(options, config)
     architecture = find_architecture(config, options.architecture)
-    known = versions()
+    known = software()
     record = {"config": options.config, "versions": known, "machine": machine_record(machine)}
-    print(", ".join(f"{name} {number}" for name, number in known.items() if number))
+    print(", ".join(f"{name} {number}" for name, number in known.items()))
     print(machine_text(record["machine"]) + "\n", flush=True)
     work = _search if options.search else _plan_stages
     status = work(options, config, architecture, machine, stages, record)

@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 
 _NEVER_CARRIED = (".py", ".pyc")
 
-_DOWNLOADED = ["*.safetensors", "*.json", *TOKENIZER_FILES]
+_DOWNLOADED = ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES]
 _NOT_DOWNLOADED = [
     "consolidated*.safetensors",
     "original/*",
@@ -45,7 +45,7 @@ _OF_NO_MODEL = ("*.md", "LICENSE*", "USE_POLICY*", "NOTICE*", ".*")
 def resolve_model_folder(name_or_path: str | os.PathLike) -> Path:
     """Return the local folder, or download a model of that name from the Hugging Face hub.
 
-    Fetches weights, configuration and tokenizer only, never code.
+    Fetches weights, configuration, tokenizer and the model's card only, never code.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():

@@ -32,6 +32,7 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write a folder that ``transformers`` loads: weights, ``config.json``, tokenizer.
 
@@ -39,7 +40,7 @@ def save_pretrained(
     are carried along, or the content of a ``config.json``. ``dtype=None`` keeps the
     model's ``param_dtype``. Tensors are gathered one at a time; in a multi-host run every
     host must call this, and the first one writes. The folder appears whole or not at all;
-    an existing, non-empty one is an error unless ``overwrite``.
+    an existing, non-empty one is an error unless ``overwrite``. ``card`` becomes its README.md.
     """
     folder = Path(folder)
     dtype = dtype or model.execution.param_dtype
@@ -65,6 +66,8 @@ def save_pretrained(
         (partial / "config.json").write_text(_config_json(hf_config, dtype))
         if source_folder is not None:
             _carry_files(source_folder, partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         # mkdtemp made the folder private; give it the mode an ordinary one would have.
         partial.chmod(0o777 & ~_umask())
         _move_into_place(partial, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spo_jax.plan.compiled import DoesNotFit, compile_pair_update, memory_summary
 from spo_jax.plan.machines import CHIPS, Chip, Machine, describe_machine
-from spo_jax.plan.stage_plan import machine_record, plan_stage, versions
+from spo_jax.plan.stage_plan import machine_record, plan_stage, software
 
 __all__ = [
     "CHIPS",
@@ -16,5 +16,5 @@ __all__ = [
     "machine_record",
     "memory_summary",
     "plan_stage",
-    "versions",
+    "software",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
 
+from spo_jax import __version__
 from spo_jax.config.schema import Config
 from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.software import versions
 from spo_jax.plan.compiled import (
     Assembled,
     DoesNotFit,
@@ -200,15 +201,9 @@ def _run(config: Config, stage: str, record: Mapping[str, Any], rows: int | None
     return found
 
 
-def versions() -> dict[str, str | None]:
+def software() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    found: dict[str, str | None] = {}
-    for name in ("spo-jax", "jax", "libtpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"spo-jax": __version__, **versions(("jax", "libtpu"))}
 
 
 def machine_record(machine: Machine) -> dict[str, Any]:

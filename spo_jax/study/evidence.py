@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 from spo_jax.config.parsing import config_from_tree
 from spo_jax.evaluation.answers import ANSWERS_FILE
+from spo_jax.parallel.software import processor, versions
 from spo_jax.study.grid import START_ROW, Cell, StudyConfig, run_cells, start_cells
 from spo_jax.study.records import Record, Study
 from spo_jax.study.runner import read_result
@@ -74,9 +72,9 @@ def _facts(study: StudyConfig, times: list[float], seconds: float) -> dict[str, 
         if name != "SFT" or "sft" in study.run
     ]
     facts = {
-        "page made on": machine(),  # the runs may be of another machine
+        "page made on": processor(),  # the runs may be of another machine
         "versions there": f"Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax")),
+        + ", ".join(f"{k} {v}" for k, v in versions(("jax", "flax", "optax")).items()),
         "seeds": ", ".join(map(str, study.seeds)),
         "graded on": f"{config.answers.split} problems",
         "training": "; ".join(lengths),
@@ -91,14 +89,3 @@ def _facts(study: StudyConfig, times: list[float], seconds: float) -> dict[str, 
         )
         facts["time of all runs together"] = f"{seconds / 60:.0f} min"
     return facts
-
-
-def machine() -> str:
-    """This machine in words: processor and cores."""
-    info = Path("/proc/cpuinfo")
-    names = []
-    if info.is_file():
-        lines = info.read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} cores"

@@ -9,6 +9,7 @@ from spo_jax.config.parsing import config_from_tree, read_tree
 from spo_jax.models import load_model, save_pretrained
 from spo_jax.parallel.mesh import make_mesh, sharded_shapes
 from spo_jax.policies.loading import MODEL_FOLDER, execution, find_run
+from spo_jax.training.model_card import model_card
 
 
 def export_run(
@@ -38,5 +39,6 @@ def export_run(
     like = sharded_shapes(model.abstract_params(), make_mesh())
     dtype = dtype or config.model.param_dtype
     params = checkpoints.restore_params(like, step)
-    save_pretrained(out, params, model, source=folder / MODEL_FOLDER, dtype=dtype)
+    card = model_card(folder, name=Path(out).name, step=step, dtype=dtype)
+    save_pretrained(out, params, model, source=folder / MODEL_FOLDER, dtype=dtype, card=card)
     return f"{out}: policy of {folder} after {step} updates, {dtype}; transformers loads it"

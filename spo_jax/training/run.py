@@ -48,6 +48,7 @@ from spo_jax.training.stage import (
     raw_key,
     state_shapes,
 )
+from spo_jax.training.starts import write_start
 from spo_jax.training.step_sizes import check_step_sizes
 from spo_jax.training.stopping import check_learnt
 from spo_jax.training.trackers import (
@@ -198,6 +199,7 @@ def run_stage(
         state, counters = first_state(config, stage, start, mesh, donate=donate), Counters()
     by_first(lambda: describe_run(config, name, folder, start.folder))
     by_first(lambda: write_inputs(config, name, folder))
+    by_first(lambda: write_start(folder, int(state.step)))
 
     # Loop: updates, checkpoints, looks and probes on the way.
     done, active = int(state.step), is_first()

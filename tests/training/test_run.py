@@ -18,6 +18,7 @@ from spo_jax.config.validation import checked_config
 from spo_jax.models import load_model, load_params
 from spo_jax.tasks import arithmetic
 from spo_jax.training.run import train
+from spo_jax.training.starts import read_starts
 from spo_jax.training.trackers import read_metrics
 from tests.runs import TIMINGS
 from tests.tiny import ARCHITECTURE
@@ -147,6 +148,7 @@ def test_resume_is_exact(run, tmp_path):
     ]
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert result.policy.params is not None
+    assert [start["step"] for start in read_starts(again)] == [0, 2]
     pairs = zip(read_metrics(before), read_metrics(again), strict=True)
     for old, new in pairs:
         for timing in TIMINGS:
@@ -177,6 +179,10 @@ def test_export_is_the_policy_bit_for_bit(run, tmp_path, capsys):
     params = load_params(out, model)
     trained = Checkpoints(folder / "preference").restore_params(params)
     jax.tree.map(np.testing.assert_array_equal, params, trained)
+    card = (out / "README.md").read_text()
+    assert "arXiv 2507.07723" in card
+    assert "`eval/loss`" in card
+    assert "random weights" in card
     assert main(["export", str(folder), str(out)]) == 2  # never over something
     assert "exists already" in capsys.readouterr().err
 

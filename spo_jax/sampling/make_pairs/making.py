@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +18,7 @@ from spo_jax.config.schema import DataConfig
 from spo_jax.data import TextRows
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, say
+from spo_jax.parallel.software import versions
 from spo_jax.policies.completions import Completion
 from spo_jax.policies.limits import check_texts
 from spo_jax.policies.loading import Policy, as_trained, date_of_run, load_policy
@@ -225,10 +225,13 @@ def _finish(
     if counts.pairs == 0:
         file.discard()
         raise ValueError(why_no_pairs(counts, settings))
-    versions = {name: version(name) for name in ("jax", "transformers")}
-    versions["spo-jax"] = __version__  # known without an installation, too
     file.finish(
-        {"model": model, "settings": described, "counts": counts._asdict(), "versions": versions}
+        {
+            "model": model,
+            "settings": described,
+            "counts": counts._asdict(),
+            "versions": {**versions(("jax", "transformers")), "spo-jax": __version__},
+        }
     )
 
 
