@@ -18,7 +18,7 @@ pairs, with all counts, is written beside them: PAIRS.meta.yaml.
 
 _SETTINGS = (
     *("task", "samples", "temperature", "top_k", "top_p", "seed", "max_new_tokens"),
-    *("max_prompt_length", "chosen", "cut_off", "max_pairs_per_prompt"),
+    *("max_prompt_length", "chosen", "cut_off", "max_pairs_per_prompt", "keep_right"),
 )
 _READING = (
     *("split", "subset", "max_rows", "chat_template", "compute_dtype", "on_bad_row"),
@@ -61,6 +61,12 @@ def add_commands(commands: Any) -> None:
         help="wrong samples without an end: not used, or rejected like others [drop]",
     )
     add("--max-pairs-per-prompt", type=int, metavar="N", help="(default: every wrong sample)")
+    add(
+        "--keep-right",
+        action="store_true",
+        help="also write PAIRS.right.jsonl: SFT rows, a right sample of each prompt that has one "
+        "(objective.inner_data: own reads them)",
+    )
     add("--batch-size", type=int, default=256, help="prompts at once, at most 256 [256]")
     add("--max-rows", type=int, help="only the first rows")
     add("--split", default="train", help="split of a hub data set [train]")
@@ -74,7 +80,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _make_pairs(options: argparse.Namespace) -> int:
-    from spo_jax.sampling.make_pairs import PairSettings, make_pairs, meta_path, summary
+    from spo_jax.sampling.make_pairs import (
+        PairSettings,
+        make_pairs,
+        meta_path,
+        right_path,
+        summary,
+    )
 
     given = vars(options)
     settings = PairSettings(**{key: given[key] for key in _SETTINGS})
@@ -82,5 +94,8 @@ def _make_pairs(options: argparse.Namespace) -> int:
     counts = make_pairs(options.model, options.data, options.out, settings, **reading)
     print(summary(counts))
     print(f"{options.out} (described in {meta_path(Path(options.out))})")
+    if settings.keep_right:
+        with right_path(Path(options.out)).open() as file:
+            print(f"{file.name}: right answers to {sum(1 for _ in file)} prompts")
     print(f"Next: spo-jax train CONFIG --data.train {options.out}")
     return 0

@@ -105,6 +105,15 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _say_shipped(given: str) -> None:
+    from spo_jax.config.parsing import find_config
+    from spo_jax.parallel.processes import say
+
+    found = find_config(given)
+    if found != Path(given):
+        say(f"{given}: no file here, so the configuration that comes with spo-jax: {found}")
+
+
 def _train(options: argparse.Namespace) -> int:
     overrides = options.overrides
     if options.help:
@@ -124,6 +133,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         from spo_jax.config.validation import load_config
     config = load_config(options.config, read_overrides(overrides))
+    _say_shipped(options.config)
     only = None
     if options.command == "sft":
         if "sft" not in config.stages:

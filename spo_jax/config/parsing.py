@@ -100,10 +100,28 @@ def nearest(word: str, words: Sequence[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a YAML file and lay ``overrides`` (``{"outer.learning_rate": 5e-7}``) over it.
+SHIPPED = Path(__file__).parent.parent / "shipped"
+"""The configurations of the repository's folder ``configs``, which an installation brings along."""
 
-    A file may begin with another one's keys, ``base: other.yaml`` (a path beside it): its own
+
+def find_config(path: str | Path) -> Path:
+    """The file at ``path``; where there is none, the shipped configuration of that name.
+
+    ``quickstart``, ``solvers/penalty.yaml`` and ``configs/quickstart.yaml`` name shipped ones.
+    """
+    path = Path(path)
+    if path.is_file() or path.is_absolute() or ".." in path.parts:
+        return path
+    name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    name = name if name.suffix == ".yaml" else name.with_name(f"{name.name}.yaml")
+    shipped = SHIPPED / name
+    return shipped if shipped.is_file() else path
+
+
+def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a YAML file (``find_config``) and lay ``overrides`` (``{"seed": 1}``) over it.
+
+    A file may begin with another one's keys, ``base: other.yaml`` (beside it, or shipped): its own
     are laid over them, key by key; a section with a ``name`` (loss, solver, an optimizer)
     replaces the whole section.
 
@@ -121,7 +139,7 @@ def read_chain(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Pat
 
     ``above`` are the files that led here. Raises as ``read_tree``.
     """
-    path = Path(path)
+    path = find_config(path)
     tree = read_file(path)
     base = tree.pop("base", None)
     if base is None:
@@ -129,9 +147,12 @@ def read_chain(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Pat
     if not isinstance(base, str):
         raise ConfigError(f"base={base!r} of {path}: expected the path of a configuration")
     above = (*above, path.resolve())
-    if (path.parent / base).resolve() in above:
+    beside = path.parent / base
+    below = beside if beside.is_file() else find_config(base)
+    below = below if below.is_file() else beside
+    if below.resolve() in above:
         raise ConfigError(f"base={base} of {path} goes in a circle: one must not have a base")
-    return [*read_chain(path.parent / base, above), (path, tree)]
+    return [*read_chain(below, above), (path, tree)]
 
 
 def lay_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +169,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """One file's own keys, its ``base`` not followed; raises as ``read_tree``."""
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        siblings += [p.stem for p in SHIPPED.glob("*.yaml")]
         raise ConfigError(f"no configuration at {path}{nearest(path.name, siblings)}")
     try:
         tree = _load_yaml(path.read_text(encoding="utf-8"))

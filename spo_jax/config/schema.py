@@ -109,8 +109,10 @@ class PreferenceDataConfig(DataConfig):
 class ObjectiveConfig:
     """How the inner level and the regularizer are formed (METHOD section 3)."""
 
-    inner_data: Literal["chosen", "sft"] = _key(
-        "chosen", "inner level on the chosen completions, or on the rows of sft_data"
+    inner_data: Literal["chosen", "sft", "own"] = _key(
+        "chosen",
+        "inner level on the chosen completions, the rows of sft_data, or the policy's own right "
+        "answers (which make-pairs --keep-right wrote beside the pairs)",
     )
     inner_value: Literal["reference", "running_min", "tracked"] | float = _key(
         "reference",

@@ -153,9 +153,10 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
             f"objective.regularizer={objective.regularizer} with regularizer_weight="
             f"{objective.regularizer_weight}: one without the other has no effect, set both"
         )
-    if objective.inner_data == "sft" and config.solver.name == "preference_only":
+    if objective.inner_data != "chosen" and config.solver.name == "preference_only":
         raise ConfigError(
-            "objective.inner_data=sft would be ignored: solver preference_only has no inner level"
+            f"objective.inner_data={objective.inner_data} would be ignored: solver "
+            "preference_only has no inner level"
         )
     tracked = objective.inner_value == "tracked"
     if tracked and not uses_gap(config.solver):

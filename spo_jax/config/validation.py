@@ -136,7 +136,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         validate_stage("train", config.train, "data", config.data)
         if config.objective.inner_data == "sft" and config.sft_data.train is None:
             raise ConfigError("objective.inner_data=sft needs sft_data.train")
-        if config.train.inner_batch_size and config.objective.inner_data != "sft":
+        if config.train.inner_batch_size and config.objective.inner_data == "chosen":
             raise ConfigError(
                 "train.inner_batch_size would be ignored: objective.inner_data is chosen"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import numpy as np
 from jaxtyping import Int
@@ -40,13 +39,7 @@ def with_mismatched(rows: TokenizedRows, *, name: str) -> TokenizedRows:
 def mismatched_rows(rows: TokenizedRows, *, name: str) -> Int[np.ndarray, "N"]:
     """For each row the one whose completion it gets: a permutation, see ``with_mismatched``."""
     prompts: dict[bytes, int] = {}
-    ends = rows.prompt_offsets
-    number = np.array(
-        [
-            prompts.setdefault(rows.prompt_ids[start:end].tobytes(), len(prompts))
-            for start, end in itertools.pairwise(ends)
-        ]
-    )
+    number = np.array([prompts.setdefault(x, len(prompts)) for x in rows.prompts()])
     most = int(np.bincount(number).max())
     if 2 * most > len(rows):
         raise ValueError(

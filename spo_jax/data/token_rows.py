@@ -58,6 +58,10 @@ class TokenizedRows:
         """``[N, n]`` completion lengths in tokens."""
         return np.diff(self.completion_offsets).reshape(len(self), self.num_completions)
 
+    def prompts(self) -> list[bytes]:
+        """Each row's prompt as a value that is equal where the ids are."""
+        return [self.prompt_ids[i:j].tobytes() for i, j in itertools.pairwise(self.prompt_offsets)]
+
     def take(self, kept: Bool[np.ndarray, "N"]) -> TokenizedRows:
         """The rows that are ``kept``, in their order."""
         of_prompts = np.repeat(kept, self.prompt_lengths)

@@ -94,9 +94,10 @@ def stage_rows(
         return (rows("sft", config.sft_data, loop.batch_size, 1),)
     found = [rows("preference", config.data, loop.batch_size, 2)]
     solver = "preference_only" if stage == "baseline" else config.solver.name
-    if config.objective.inner_data == "sft" and solver != "preference_only":
+    kind = config.objective.inner_data
+    if kind != "chosen" and solver != "preference_only":
         inner = config.train.inner_batch_size or loop.batch_size
-        found.append(rows("sft", config.sft_data, inner, 1))
+        found.append(rows("sft", config.sft_data if kind == "sft" else config.data, inner, 1))
     return tuple(found)
 
 

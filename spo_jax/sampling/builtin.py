@@ -10,7 +10,7 @@ from spo_jax.config.schema import Config, DataConfig
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.loading import Policy
 from spo_jax.policies.rows import task_problems
-from spo_jax.sampling.make_pairs import PairSettings, Problem, summary, write_pairs
+from spo_jax.sampling.make_pairs import PairSettings, Problem, right_path, summary, write_pairs
 
 PAIRS_FILE = "pairs.jsonl"
 """Inside a run: the pairs sampled for it."""
@@ -39,8 +39,9 @@ def builtin_data(
 
     def is_missing() -> bool:
         if not resume:
-            for old in root.glob(f"{PAIRS_FILE}*"):  # what a stopped attempt left too
-                old.unlink()
+            # What a stopped attempt left too.
+            for old in (*root.glob(f"{PAIRS_FILE}*"), right_path(path)):
+                old.unlink(missing_ok=True)
         return not path.exists()
 
     if by_first(is_missing):
@@ -51,6 +52,7 @@ def builtin_data(
             seed=seed,
             chosen=task.chosen,
             max_new_tokens=len(preference[0].completion) + 8,
+            keep_right=True,
         )
         problems = [Problem(*problem, row=i) for i, problem in enumerate(preference)]
         counts = write_pairs(policy, problems, path, settings, model=str(root))

@@ -13,6 +13,7 @@ from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
     config_to_dict,
+    find_config,
     lay_over,
     nearest,
     override,
@@ -83,12 +84,13 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     Raises:
         ConfigError: a missing file, an unknown key, or a run that could not be run.
     """
-    path = Path(path)
+    path = find_config(path)
     tree = read_tree(path)
     run = dict(tree.get("run") or {})
     base = run.pop("base", None)
     if base is not None:
-        below = read_tree(path.parent / str(base))
+        beside = path.parent / str(base)
+        below = read_tree(beside if beside.is_file() else base)
         run = lay_over({k: v for k, v in below.items() if k not in _SET_BY_CELLS}, run)
     tree = override({**tree, "run": run}, overrides or {})
     study = _from_tree(tree)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -162,9 +162,10 @@ def _at_once(
     for share in _shares(workers) if on_cpu else [None] * workers:
         cores.put(share)
     memory = None if on_cpu else GPU_SHARE / workers
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_begin, initargs=(cores, memory, compiled)
-    ) as pool:
+    )
+    with _ending_workers(pool):
         running: dict[Future, Cell] = {}
         while waiting or running:
             for cell in list(waiting):
@@ -197,6 +198,31 @@ def _at_once(
                 else:
                     ready.add(cell.folder)
                     yield cell, result
+
+
+@contextlib.contextmanager
+def _ending_workers(pool: Executor) -> Iterator[None]:
+    """Wait for the pool's end; where an error or a signal comes, end its workers first.
+
+    SIGTERM lets a run save its state; a second signal here kills. A signal that reached this
+    process alone would else be heard when the runs under way are done, hours later.
+    """
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            for worker in workers:
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+            raise
+        raise
+    pool.shutdown()
 
 
 def _last_line(log: Path) -> str:

@@ -29,6 +29,7 @@ from spo_jax.policies.rows import Rows, packed_for, prepare_rows, round_up
 from spo_jax.sampling.builtin import builtin_data
 from spo_jax.training.batches import Batches
 from spo_jax.training.dropped_pairs import without_displacing
+from spo_jax.training.own_answers import OWN_ANSWERS, own_answers, without_heldout
 from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
 from spo_jax.types import Params
 
@@ -51,7 +52,7 @@ def rows_of_stage(
 
     def rows(section: str) -> Rows:
         if section not in read:
-            data = getattr(config, section)
+            data = own_answers(config) if section == OWN_ANSWERS else getattr(config, section)
             if data.train == BUILTIN_TASK:
                 root = Path(config.output_dir)
                 data = builtin_data(config, section, policy, root, resume=resume)
@@ -69,12 +70,17 @@ def rows_of_stage(
             found = packed_for(found, policy.model.config)
             if section == "data" and data.drop_displacing is not None:
                 found = without_displacing(config, policy, found, resume=resume)
+            if section == OWN_ANSWERS:
+                found = without_heldout(found, read["data"].heldout)
             read[section] = found
         return read[section]
 
     if name == "sft":
         return StageRows(rows("sft_data"))
-    return StageRows(rows("data"), rows("sft_data") if has_inner_rows(config, name) else None)
+    own = rows("data")
+    if not has_inner_rows(config, name):
+        return StageRows(own)
+    return StageRows(own, rows("sft_data" if config.objective.inner_data == "sft" else OWN_ANSWERS))
 
 
 def number_of_steps(loop: LoopConfig, rows: Rows) -> int:

@@ -16,11 +16,12 @@ from typing import Any
 
 from spo_jax.checkpoints.atomic import replace_text
 from spo_jax.config.parsing import read_tree
-from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
+from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.data import load_records
 from spo_jax.data.chat import template_text
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.loading import is_run
+from spo_jax.training.own_answers import OWN_ANSWERS, own_answers
 from spo_jax.training.stage import has_inner_rows
 
 INPUTS = "inputs.json"
@@ -111,12 +112,12 @@ def changed_inputs(config: Config, name: str, folder: Path) -> list[str]:
 
 
 def _inputs(config: Config, name: str) -> dict[str, dict[str, str]]:
-    sections = ["sft_data"] if name == "sft" else ["data"]
+    sections = {"sft_data": config.sft_data} if name == "sft" else {"data": config.data}
     if has_inner_rows(config, name):
-        sections.append("sft_data")
+        own = config.objective.inner_data == "own"
+        sections |= {OWN_ANSWERS: own_answers(config)} if own else {"sft_data": config.sft_data}
     found = {}
-    for section in sections:
-        data: DataConfig = getattr(config, section)
+    for section, data in sections.items():
         for key, path, split in (
             ("train", data.train, data.train_split),
             ("eval", data.eval, data.eval_split),

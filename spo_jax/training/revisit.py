@@ -30,6 +30,7 @@ from spo_jax.policies.loading import (
 )
 from spo_jax.policies.rows import Rows
 from spo_jax.sampling.builtin import PAIRS_FILE
+from spo_jax.sampling.make_pairs import right_path
 from spo_jax.training.dropped_pairs import DROPPED_FILE
 from spo_jax.training.material import make_probes, number_of_steps, rows_of_stage
 from spo_jax.training.stage import compile_update, make_stage, state_shapes
@@ -120,8 +121,10 @@ def _probe_stage(
     root = Path(config.output_dir)
     name = config.stages[0] if len(config.stages) == 1 else folder.resolve().name
     source = folder / MODEL_FOLDER
+    builtin = config.data.train == BUILTIN_TASK
     needed = {
-        root / PAIRS_FILE: config.data.train == BUILTIN_TASK,
+        root / PAIRS_FILE: builtin,
+        right_path(root / PAIRS_FILE): builtin and config.objective.inner_data == "own",
         root / DROPPED_FILE: config.data.drop_displacing is not None,
         folder / "reference": config.reference.mode != "none",
     }

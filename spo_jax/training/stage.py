@@ -61,7 +61,7 @@ def solver_of(config: Config, name: str) -> Named:
 
 def has_inner_rows(config: Config, name: str) -> bool:
     """Whether the inner level of a stage of pairs has SFT rows of its own, not the chosen."""
-    own = config.objective.inner_data == "sft"
+    own = config.objective.inner_data != "chosen"
     return name != "sft" and own and solver_of(config, name).name != "preference_only"
 
 

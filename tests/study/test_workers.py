@@ -1,18 +1,29 @@
 """Several runs at once: how they share a device, and what is said of one that is full."""
 
+import multiprocessing
 import os
 import queue
+import signal
 import subprocess
 import sys
-from concurrent.futures import Future
+import threading
+import time
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from spo_jax.study import read_evidence, read_study, run_study, runner, worker
 from spo_jax.study.grid import run_cells
-from spo_jax.study.runner import GPU_SHARE, _check_devices, _share_device, read_result
+from spo_jax.study.runner import (
+    GPU_SHARE,
+    _check_devices,
+    _ending_workers,
+    _share_device,
+    read_result,
+)
 from spo_jax.study.worker import CellFailed, run_cell
+from tests.study.busy import hear_nothing, save_on_sigterm
 from tests.study.test_study import TREE, written
 
 SHARE, OTHER = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
@@ -58,19 +69,50 @@ def test_the_users_own_share_wins(unset, monkeypatch, name):
     assert os.environ[AHEAD] == "true"
 
 
+def interrupted(tmp_path, work, again=False):
+    """Seconds until two workers are gone whose parent alone is interrupted, once or twice."""
+    pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    seen = {}
+
+    def begin_and_interrupt():
+        for folder in folders:
+            folder.mkdir()
+            pool.submit(work, folder)
+        while not all((folder / "began").exists() for folder in folders):
+            time.sleep(0.1)
+        seen["workers"], seen["time"] = multiprocessing.active_children(), time.monotonic()
+        if again:
+            main = threading.main_thread().ident  # which waits, and is to be woken
+            threading.Timer(1.0, signal.pthread_kill, [main, signal.SIGINT]).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), _ending_workers(pool):
+        begin_and_interrupt()
+    assert not any(worker.is_alive() for worker in seen["workers"])
+    return time.monotonic() - seen["time"]
+
+
+def test_a_signal_to_the_study_alone_lets_its_runs_save_and_end(tmp_path):
+    assert interrupted(tmp_path, save_on_sigterm) < 30
+    assert (tmp_path / "a" / "saved").exists()
+    assert (tmp_path / "b" / "saved").exists()
+
+
+def test_a_second_signal_ends_runs_that_do_not_listen(tmp_path):
+    assert interrupted(tmp_path, hear_nothing, again=True) < 30
+
+
 @pytest.fixture
 def pools(monkeypatch):
     """Pools that run nothing: what they were asked for."""
     made = []
 
-    class Pool:
+    class Pool(Executor):
         def __init__(self, workers, **options):
             made.append(SimpleNamespace(workers=workers, **options))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
+        def shutdown(self, **options):
             pass
 
         def submit(self, fn, study, cell):

@@ -23,13 +23,21 @@ def meta_path(out: Path) -> Path:
     return out.with_suffix(".meta.yaml")
 
 
-def check_free(out: Path) -> None:
-    """Raise where ``out`` cannot be a new file of pairs."""
+def right_path(pairs: Path) -> Path:
+    """The policy's own right answers, beside a file of pairs: SFT rows."""
+    return pairs.with_name(f"{pairs.name.partition('.')[0]}.right.jsonl")
+
+
+def check_free(out: Path, *, keep_right: bool) -> None:
+    """Raise where ``out``, or the file of right answers, cannot be a new file."""
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: the pairs are JSON lines: give a name that ends in .jsonl")
-    # With both there, the stop fell between the last two steps of ``finish``.
-    if out.exists() and not out.with_name(out.name + PARTIAL).exists():
-        raise FileExistsError(f"{out} exists: name another file, or remove this one")
+    # With the partial one there too, the stop fell between the last steps of ``finish``.
+    if out.with_name(out.name + PARTIAL).exists():
+        return
+    for file in (out, right_path(out)) if keep_right else (out,):
+        if file.exists():
+            raise FileExistsError(f"{file} exists: name another file, or remove this one")
 
 
 class PairFile:
@@ -45,7 +53,8 @@ class PairFile:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], *, prompts: int):
-        check_free(out)
+        self._keep_right = settings.get("keep_right", False)
+        check_free(out, keep_right=self._keep_right)
         self.out = out
         self.partial = out.with_name(out.name + PARTIAL)
         self.counts: list[dict[str, int]] = []
@@ -111,9 +120,15 @@ class PairFile:
                 kept.append(row)
         return kept
 
-    def append(self, rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> None:
-        """The next block, at once on the disk."""
-        self._write({"block": len(self.counts), "counts": dict(counts), "rows": list(rows)})
+    def append(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        counts: Mapping[str, int],
+        right: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """The next block, at once on the disk; ``right`` are its rows of ``right_path``."""
+        line = {"block": len(self.counts), "counts": dict(counts), "rows": list(rows)}
+        self._write({**line, "right": list(right)} if right else line)
         self.counts.append(dict(counts))
 
     def begin(self, sample: int, prompts: int, drawn: Sequence[Any]) -> None:
@@ -126,19 +141,29 @@ class PairFile:
         self._file.flush()
 
     def finish(self, description: Mapping[str, Any]) -> None:
-        """Move the rows to ``out``, with ``description`` beside it."""
+        """Move the rows to ``out``, with ``description`` beside it; right answers, if kept, too."""
         self._file.close()
-        temporary = self.out.with_name(f".{self.out.name}.tmp")
-        with temporary.open("w") as file:
-            for line, _ in _whole_lines(self.partial):
-                file.writelines(to_json(row, str(self.out)) + "\n" for row in line.get("rows", ()))
-        if self.out.exists() and not filecmp.cmp(temporary, self.out, shallow=False):
-            temporary.unlink()
-            raise FileExistsError(f"{self.out} exists beside {self.partial}: remove one of them")
+        # The pairs last: with them there, everything is.
+        kept = [(right_path(self.out), "right")] if self._keep_right else []
+        made = [(self._gathered(out, key), out) for out, key in (*kept, (self.out, "rows"))]
+        for temporary, out in made:
+            if out.exists() and not filecmp.cmp(temporary, out, shallow=False):
+                for other, _ in made:
+                    other.unlink()
+                raise FileExistsError(f"{out} exists beside {self.partial}: remove one of them")
         text = yaml.safe_dump(dict(description), sort_keys=False, allow_unicode=True)
         meta_path(self.out).write_text(text)
-        temporary.replace(self.out)
+        for temporary, out in made:
+            temporary.replace(out)
         self.partial.unlink()
+
+    def _gathered(self, out: Path, key: str) -> Path:
+        """The rows of all blocks, in a temporary file beside ``out``."""
+        temporary = out.with_name(f".{out.name}.tmp")
+        with temporary.open("w") as file:
+            for line, _ in _whole_lines(self.partial):
+                file.writelines(to_json(row, str(out)) + "\n" for row in line.get(key, ()))
+        return temporary
 
     def close(self) -> None:
         """Leave the partial file as it is."""

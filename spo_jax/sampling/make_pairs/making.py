@@ -37,6 +37,7 @@ from spo_jax.sampling.make_pairs.pairing import (
     Problem,
     check_gold,
     pairs_of_samples,
+    right_row,
     row_to_problem,
     total,
 )
@@ -67,7 +68,7 @@ def make_pairs(
     rows whose own answer cannot be graded right are left out too.
     """
     out = Path(out)
-    check_free(out)
+    check_free(out, keep_right=settings.keep_right)
     section = DataConfig(
         train=data,
         train_split=split,
@@ -242,8 +243,11 @@ def _describe(
     ids = checked_prompt_ids(
         policy.tokenizer, [problem.prompt for problem in problems], settings.max_prompt_length
     )
+    decisive = asdict(settings)
+    if not settings.keep_right:
+        del decisive["keep_right"]  # files that were begun before there was this setting go on
     return {
-        **asdict(settings),
+        **decisive,
         "max_new_tokens": settings.answer_tokens,
         "policy": params_fingerprint(policy.params)[:16],
         "prompts": len(problems),
@@ -262,7 +266,7 @@ def _append(
 ) -> Counts:
     """Grade a block and append its pairs, less those that are in the file already."""
     task = TASKS[settings.task]
-    rows, rejected, counts = [], [], []
+    rows, rejected, counts, right = [], [], [], []
     for problem, samples in zip(problems, drawn, strict=True):
         made, found = pairs_of_samples(
             problem,
@@ -278,8 +282,10 @@ def _append(
         rows += fresh
         rejected += [samples[row["sample"]] for row in fresh]
         counts += [found, Counts(duplicates=again, pairs=-again)]
+        own = right_row(problem, samples, _main_grader(task)) if settings.keep_right else None
+        right += [] if own is None else [own]
     counts.append(Counts(respelled=count_respelled(tokenizer, rejected)))
-    file.append(rows, total(counts)._asdict())
+    file.append(rows, total(counts)._asdict(), right)
     return total(counts)
 
 

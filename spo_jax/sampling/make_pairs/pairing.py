@@ -129,6 +129,21 @@ def pairs_of_samples(
     return rows, counts
 
 
+def right_row(
+    problem: Problem, samples: Sequence[Completion], grader: Grader
+) -> dict[str, Any] | None:
+    """An SFT row of the first right sample that has an end, if there is one.
+
+    Its keys are ``prompt``, ``completion``, the problem's ``row`` and the index of the ``sample``.
+    """
+    for i, sample in enumerate(samples):
+        usable = sample.finished and sample.text.strip()
+        if usable and grader(problem.prompt, problem.gold, sample.text):
+            text = sample.text + problem.ending
+            return {"prompt": problem.prompt, "completion": text, "row": problem.row, "sample": i}
+    return None
+
+
 def split_ending(text: str, tokenizer: Any) -> tuple[str, str]:
     """A completion's text, and the special tokens that a template wrote behind it.
 

@@ -12,6 +12,8 @@ from spo_jax.tasks import TASKS
 class PairSettings:
     """What, with a policy and its problems, decides the pairs.
 
+    With ``keep_right`` a file beside them keeps a right sample of each prompt that has one.
+
     Raises:
         ValueError: a setting out of its range, or one that would be ignored.
     """
@@ -27,6 +29,7 @@ class PairSettings:
     chosen: Literal["gold", "own"] = "gold"
     cut_off: Literal["drop", "keep"] = "drop"
     max_pairs_per_prompt: int | None = None
+    keep_right: bool = False
 
     def __post_init__(self):
         known = {"task": tuple(TASKS), "chosen": ("gold", "own"), "cut_off": ("drop", "keep")}
