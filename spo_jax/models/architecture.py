@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,28 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
 
 
+class PerLayer(NamedTuple):
+    """What sets a layer apart, an array over the layers each; ``None`` where all are alike.
+
+    ``window`` is its own window, ``rotation`` its row of ``rope.frequency_table``.
+    """
+
+    window: Any = None
+    rotation: Any = None
+
+    def of(self, layer: int) -> PerLayer:
+        """The numbers of one layer."""
+        return PerLayer(*(None if x is None else int(x[layer]) for x in self))
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a pre-norm decoder with rotary positions, grouped queries and a gated MLP.
 
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
-    says which layers use it (``None``: all of them). Hashable, so it can be a static
-    argument.
+    says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
+    queries and keys by their positions (``None``: all of them). Hashable, so it can be a
+    static argument.
     """
 
     vocab_size: int
@@ -70,6 +85,7 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -87,13 +103,14 @@ class DecoderConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window}: use at least 1, or None")
-        if self.sliding_layers is not None:
-            if self.sliding_window is None:
-                raise ValueError("sliding_layers is set but sliding_window is None: set both")
-            if len(self.sliding_layers) != self.num_layers:
+        if self.sliding_layers is not None and self.sliding_window is None:
+            raise ValueError("sliding_layers is set but sliding_window is None: set both")
+        for name in ("sliding_layers", "rope_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(
-                    f"sliding_layers has {len(self.sliding_layers)} entries for "
-                    f"num_layers={self.num_layers}: give one a layer"
+                    f"{name} has {len(layers)} entries for num_layers={self.num_layers}: "
+                    "give one a layer"
                 )
 
     @property

@@ -42,6 +42,10 @@ _ABOVE_ZERO = ("a finite number above 0", lambda value: _is_number(value) and va
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _TEXT = ("text", lambda value: isinstance(value, str))
 _TEXTS = ("a list of texts", _is_texts)
+_SWITCHES = (
+    "a list of 0 and 1",
+    lambda value: isinstance(value, list | tuple) and all(x in (0, 1) for x in value),
+)
 _MAPPING = ("a mapping", lambda value: isinstance(value, Mapping))
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -68,6 +72,8 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_window_layers": _COUNT,
     "layer_types": _TEXTS,
     "architectures": _TEXTS,
+    "no_rope_layers": _SWITCHES,
+    "no_rope_layer_interval": _SIZE,
 }
 """Keys whose values are used, and what those have to be."""
 

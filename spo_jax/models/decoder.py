@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution
+from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution, PerLayer
 from spo_jax.models.attention import (
     BranchAttention,
     CachedAttention,
@@ -27,7 +27,7 @@ from spo_jax.models.attention import (
 )
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
-from spo_jax.models.rope import rotate, rotation
+from spo_jax.models.rope import frequency_table, own_rotation, rotate, rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import ROWS, constrain, platform
 from spo_jax.types import Params, Segments
@@ -108,14 +108,20 @@ class Layer(nn.Module):
     product: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, x, window, cached, rotation, context):
+    def __call__(self, x, own, cached, rotation, context):
         c, e, p = self.config, self.execution, self.product
-        window = c.shared_window if window is None else window
+        window = c.shared_window if own.window is None else own.window
+        rotation = own_rotation(rotation, own.rotation)
         normed = RMSNorm(c.rms_norm_eps, e, name="attention_norm")(x)
         out, kept = Attention(c, e, p, name="attention")(normed, rotation, context, window, cached)
         x += out
         x += MLP(c, e, p, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
         return constrain(x, e.mesh, ROWS, None, None), kept
+
+
+def per_layer(config: DecoderConfig) -> PerLayer:
+    """What sets the layers apart."""
+    return PerLayer(config.layer_windows, frequency_table(config)[1])
 
 
 class Decoder(nn.Module):
@@ -144,9 +150,9 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, e, name="layers")
-        windows = None if c.layer_windows is None else jnp.asarray(c.layer_windows)
+        own = jax.tree.map(jnp.asarray, per_layer(c))
         x = _look_up(embed, tokens, e)
-        x, kept = layers(x, windows, cached, rotation(c, positions), context)
+        x, kept = layers(x, own, cached, rotation(c, positions), context)
         return RMSNorm(c.rms_norm_eps, e, name="final_norm")(x), kept
 
 
@@ -313,7 +319,7 @@ class Model:
         own = jnp.ones_like(cache.valid[:, :1])
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, own, cache.slot, axis=1)
         context = CachedAttention(valid=valid, slot=cache.slot, on_cpu=self._on_cpu)
-        rotated = rotation(c, cache.positions[:, None])
+        rotated, own = rotation(c, cache.positions[:, None]), per_layer(c)
         x = params["embed"][tokens][:, None].astype(e.compute_dtype)
         kept = []
         for i, cached in enumerate(zip(cache.keys, cache.values, strict=True)):
@@ -321,9 +327,8 @@ class Model:
                 layer, product = transpose_kernels(params["layers"][i]), few_rows_product
             else:
                 layer, product = jax.tree.map(lambda x, i=i: x[i], params["layers"]), None
-            window = None if c.layer_windows is None else int(c.layer_windows[i])
             apply = Layer(c, e, product).apply
-            x, now = apply({"params": layer}, x, window, cached, rotated, context)
+            x, now = apply({"params": layer}, x, own.of(i), cached, rotated, context)
             kept.append(now)
         keys, values = zip(*kept, strict=True)
         x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)

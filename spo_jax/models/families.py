@@ -61,6 +61,12 @@ def _qwen3_traits(hf: HFConfig) -> dict[str, Any]:
 
 def _qwen_windows(hf: HFConfig) -> dict[str, Any]:
     """The first ``max_window_layers`` layers attend fully, unless ``layer_types`` rules."""
+    layers = range(hf["num_hidden_layers"])
+    return _switched_windows(hf, tuple(i >= hf["max_window_layers"] for i in layers))
+
+
+def _switched_windows(hf: HFConfig, sliding: tuple[bool, ...]) -> dict[str, Any]:
+    """Windows where ``use_sliding_window`` is on: by ``layer_types``, else in ``sliding``."""
     if not hf["use_sliding_window"] or hf["sliding_window"] is None:
         if "sliding_attention" in (hf.get("layer_types") or ()):
             raise ValueError(
@@ -68,15 +74,33 @@ def _qwen_windows(hf: HFConfig) -> dict[str, Any]:
                 "off: set use_sliding_window and sliding_window, or drop layer_types"
             )
         return {}
-    layers = hf["num_hidden_layers"]
-    types = hf.get("layer_types") or [
-        "sliding_attention" if i >= hf["max_window_layers"] else "full_attention"
-        for i in range(layers)
-    ]
-    sliding = tuple(kind == "sliding_attention" for kind in types)
+    if hf.get("layer_types"):
+        sliding = tuple(kind == "sliding_attention" for kind in hf["layer_types"])
     return (
         {"sliding_window": hf["sliding_window"], "sliding_layers": sliding} if any(sliding) else {}
     )
+
+
+def _smollm3_traits(hf: HFConfig) -> dict[str, Any]:
+    """Positions in all layers but each ``no_rope_layer_interval``-th, or as the list says."""
+    bias, count = hf["attention_bias"], hf["num_hidden_layers"]
+    listed = hf["no_rope_layers"]
+    if listed is not None and len(listed) != count:
+        raise ValueError(
+            f"config.json: no_rope_layers has {len(listed)} entries for "
+            f"num_hidden_layers={count}: give one a layer, 0 where it has no positions"
+        )
+    turns = tuple(
+        bool(listed[i]) if listed else (i + 1) % hf["no_rope_layer_interval"] != 0
+        for i in range(count)
+    )
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": hf["mlp_bias"],
+        "rope_layers": None if all(turns) else turns,
+        **_switched_windows(hf, tuple(not on for on in turns)),
+    }
 
 
 _COMMON = {
@@ -120,6 +144,24 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128, "attention_bias": False}, _qwen3_traits
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        _smollm3_traits,
+    ),
 }
 
 
@@ -147,7 +189,9 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         hf_config, defaults=family.defaults, architecture=family.architecture, where=where
     )
     hf = {**family.defaults, **hf_config}
-    rope_theta, rope_scaling = read_positions(hf_config, hf["max_position_embeddings"])
+    rope_theta, rope_scaling = read_positions(
+        hf_config, hf["max_position_embeddings"], family.defaults["rope_theta"]
+    )
     num_heads = hf["num_attention_heads"]
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -202,6 +246,7 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "use_sliding_window": sliding,
         "sliding_window": config.sliding_window,
         "layer_types": types,
+        "no_rope_layers": [int(on) for on in config.rope_layers or (True,) * config.num_layers],
     }
     hf |= {key: value for key, value in traits.items() if key in family.defaults}
     read_back = decoder_config_from_hf(hf)

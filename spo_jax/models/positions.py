@@ -15,15 +15,16 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """What each kind of rotary positions has numbers for."""
 
-_DEFAULT_THETA = 10_000.0
 
-
-def read_positions(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+def read_positions(
+    hf: Mapping[str, Any], max_positions: int, default_theta: float
+) -> tuple[float, RopeScaling | None]:
     """The base of the frequencies, and how they are stretched.
 
     Both are read from ``rope_theta`` with ``rope_scaling``, or from the later
-    ``rope_parameters``. Raises ``ValueError`` for a kind or a number that is not implemented,
-    and where two of the keys disagree.
+    ``rope_parameters``; ``default_theta`` is the family's base where there is none.
+    Raises ``ValueError`` for a kind or a number that is not implemented, and where two of the
+    keys disagree.
     """
     read = {
         key: _read_rope(key, hf[key], max_positions)
@@ -36,7 +37,7 @@ def read_positions(hf: Mapping[str, Any], max_positions: int) -> tuple[float, Ro
             f"config.json: rope_scaling={hf['rope_scaling']} and rope_parameters="
             f"{hf['rope_parameters']} disagree: keep the one that the model was trained with"
         )
-    alone = check_positive("rope_theta", hf.get("rope_theta", _DEFAULT_THETA))
+    alone = check_positive("rope_theta", hf.get("rope_theta", default_theta))
     thetas = {f"{key}.rope_theta": alone if own is None else own for key, (own, _) in read.items()}
     if "rope_theta" in hf or not read:
         thetas["rope_theta"] = alone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -32,18 +34,36 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     return ((1 - keep) * stretched + keep * frequencies).astype(np.float32)
 
 
-def rotation(
-    config: DecoderConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+def frequency_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """Frequencies ``[K, half]``, and each layer's row of them; ``None`` where there is one.
+
+    A layer without positions has zeros: it turns by no angle, exactly.
+    """
+    own = inverse_frequencies(config)
+    layers = config.rope_layers or (True,) * config.num_layers
+    rows = np.stack([own if turns else np.zeros_like(own) for turns in layers])
+    table, row = np.unique(rows, axis=0, return_inverse=True)
+    return table, row.astype(np.int32) if len(table) > 1 else None
+
+
+Rotation: TypeAlias = tuple[Float[Array, "... B T 1 half"], Float[Array, "... B T 1 half"]]
+"""Cosines and sines; in front an axis for the rows of ``frequency_table``, if it has several."""
+
+
+def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> Rotation:
     """Cosines and sines of the rotary angles, float32: Su et al., arXiv 2104.09864."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
+    table, row = frequency_table(config)
+    frequencies = table[0] if row is None else table[:, None, None, None]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(
-    x: Float[Array, "B T H d"],
-    rotation: tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]],
-) -> Float[Array, "B T H d"]:
+def own_rotation(rotation: Rotation, row: Int[Array, ""] | int | None) -> Rotation:
+    """The one of a layer."""
+    return rotation if row is None else tuple(x[row] for x in rotation)
+
+
+def rotate(x: Float[Array, "B T H d"], rotation: Rotation) -> Float[Array, "B T H d"]:
     """Turn each pair ``(i, i + d/2)`` of a head by its token's angle."""
     cos, sin = rotation
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)

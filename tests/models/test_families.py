@@ -34,10 +34,20 @@ def test_windows_are_read_as_each_family_means_them():
     assert decoder_config_from_hf(unused).sliding_window is None
 
 
+def test_layers_without_positions_are_those_of_the_interval_or_the_list():
+    config = HF_CONFIGS["smollm3"]
+    assert decoder_config_from_hf(config).rope_layers == (True, False, True)
+    assert decoder_config_from_hf(config | {"no_rope_layers": [1, 1, 1]}).rope_layers is None
+    interval = config | {"no_rope_layers": None, "no_rope_layer_interval": 2}
+    assert decoder_config_from_hf(interval).rope_layers == (True, False, True)
+    window = interval | {"use_sliding_window": True, "sliding_window": 5}
+    assert decoder_config_from_hf(window).sliding_layers == (False, True, False)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llama", {"model_type": "gpt2"}, "use one of llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": "gpt2"}, "use one of llama, mistral, qwen2, qwen3, smollm3"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -45,6 +55,8 @@ def test_windows_are_read_as_each_family_means_them():
         ("llama", {"vocab_size": None}, "lacks vocab_size"),
         ("mistral", {"num_local_experts": 8}, "num_local_experts=8"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types in a mistral"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "2 entries for num_hidden_layers=3"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "expected a list of 0 and 1"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types linear_attention"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is off"),
     ],

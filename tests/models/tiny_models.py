@@ -78,6 +78,19 @@ HF_CONFIGS = {
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     },
+    "smollm3": {  # the layer in the middle has no positions
+        "model_type": "smollm3",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "no_rope_layers": [1, 0, 1],
+        "no_rope_layer_interval": 4,
+        "attention_bias": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "pad_token_id": None,  # the class has one beyond the tiny vocabulary
+        "tie_word_embeddings": True,
+    },
 }
 
 
