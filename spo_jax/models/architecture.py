@@ -31,6 +31,9 @@ again: less traffic than to save them, and half of the memory.
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+NORMS = ("pre", "post", "both")
+"""Where a layer has its norms: see ``DecoderConfig``."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -59,8 +62,11 @@ class PerLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a pre-norm decoder with rotary positions, grouped queries and a gated MLP.
+    """The shape of a decoder with rotary positions, grouped queries, RMS norms and a gated MLP.
 
+    ``norms`` are taken of what goes into attention and MLP (``pre``), of what comes out
+    (``post``), or of ``both``; ``qk_norm`` of every head's queries and keys, ``full_qk_norm`` of
+    all heads together.
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
     says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
     queries and keys by their positions (``None``: all of them). Hashable, so it can be a
@@ -82,7 +88,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    norms: str = "pre"
     qk_norm: bool = False
+    full_qk_norm: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
@@ -94,6 +102,9 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of "
                 f"num_kv_heads={self.num_kv_heads}: every key/value head serves equally many heads"
             )
+        _check_name("norms", self.norms, NORMS)
+        if self.qk_norm and self.full_qk_norm:
+            raise ValueError("qk_norm and full_qk_norm are both set: queries have one norm")
         if self.head_dim < 2:
             raise ValueError(
                 f"head_dim={self.head_dim}: hidden_size={self.hidden_size} does not suffice for "

@@ -79,10 +79,12 @@ class Attention(_Projecting):
         q = self.project(x, c.num_heads * c.head_dim, "q", bias=c.qkv_bias)
         k = self.project(x, c.num_kv_heads * c.head_dim, "k", bias=c.qkv_bias)
         v = self.project(x, c.num_kv_heads * c.head_dim, "v", bias=c.qkv_bias)
+        normed = [RMSNorm(c.rms_norm_eps, self.execution, name=n) for n in ("q_norm", "k_norm")]
+        if c.full_qk_norm:
+            q, k = (norm(t) for norm, t in zip(normed, (q, k), strict=True))
         q, k, v = (t.reshape(*x.shape[:2], -1, c.head_dim) for t in (q, k, v))
         if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, self.execution, name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, self.execution, name="k_norm")(k)
+            q, k = (norm(t) for norm, t in zip(normed, (q, k), strict=True))
         q, k = rotate(q, rotation), rotate(k, rotation)
         out, kept = context.attend(q, k, v, window, cached)
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
@@ -101,7 +103,7 @@ class MLP(_Projecting):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normed input and added to the residual stream."""
+    """Attention and MLP, each normed before or behind, and added to the residual stream."""
 
     config: DecoderConfig
     execution: Execution
@@ -112,10 +114,16 @@ class Layer(nn.Module):
         c, e, p = self.config, self.execution, self.product
         window = c.shared_window if own.window is None else own.window
         rotation = own_rotation(rotation, own.rotation)
-        normed = RMSNorm(c.rms_norm_eps, e, name="attention_norm")(x)
-        out, kept = Attention(c, e, p, name="attention")(normed, rotation, context, window, cached)
-        x += out
-        x += MLP(c, e, p, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
+
+        def norm(x, where: str, name: str):
+            return RMSNorm(c.rms_norm_eps, e, name=name)(x) if c.norms in (where, "both") else x
+
+        out, kept = Attention(c, e, p, name="attention")(
+            norm(x, "pre", "attention_norm"), rotation, context, window, cached
+        )
+        x += norm(out, "post", "attention_out_norm")
+        out = MLP(c, e, p, name="mlp")(norm(x, "pre", "mlp_norm"))
+        x += norm(out, "post", "mlp_out_norm")
         return constrain(x, e.mesh, ROWS, None, None), kept
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from spo_jax.models.architecture import DecoderConfig
 from spo_jax.models.config_keys import check_config_keys, check_is_language_model, shown_value
-from spo_jax.models.names import LLAMA_NAMES, TensorName
+from spo_jax.models.names import LLAMA_NAMES, OUT_NORM_NAMES, TensorName
 from spo_jax.models.positions import positions_to_hf, read_positions
 
 HFConfig: TypeAlias = Mapping[str, Any]
@@ -103,6 +103,11 @@ def _smollm3_traits(hf: HFConfig) -> dict[str, Any]:
     }
 
 
+def _olmo2_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = hf["attention_bias"]
+    return {"qkv_bias": bias, "o_bias": bias, "norms": "post", "full_qk_norm": True}
+
+
 _COMMON = {
     "hidden_act": "silu",
     "num_key_value_heads": None,
@@ -161,6 +166,17 @@ FAMILIES: dict[str, Family] = {
             "no_rope_layer_interval": 4,
         },
         _smollm3_traits,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+        },
+        _olmo2_traits,
+        OUT_NORM_NAMES,
     ),
 }
 

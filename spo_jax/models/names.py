@@ -49,7 +49,19 @@ LLAMA_NAMES: dict[str, TensorName] = {
     **_linear("mlp/up", "mlp.up_proj"),
     **_linear("mlp/down", "mlp.down_proj"),
 }
-"""Our parameter paths -> tensor names; the Llama naming, which all families here follow."""
+"""Our parameter paths -> tensor names; the Llama naming, which most families follow."""
+
+OUT_NORM_NAMES: dict[str, TensorName] = {
+    **LLAMA_NAMES,
+    "layers/attention_out_norm/scale": TensorName(
+        "model.layers.{layer}.post_attention_layernorm.weight"
+    ),
+    "layers/mlp_norm/scale": TensorName("model.layers.{layer}.pre_feedforward_layernorm.weight"),
+    "layers/mlp_out_norm/scale": TensorName(
+        "model.layers.{layer}.post_feedforward_layernorm.weight"
+    ),
+}
+"""Where what comes out of attention and MLP is normed: the second norm is that of attention."""
 
 
 class StoredAs(NamedTuple):

@@ -90,6 +90,8 @@ def test_what_changes_nothing_is_read_past(harmless):
         ("mistral", {"attention_bias": True}, "attention_bias=True"),
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False.*disagree"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("qwen2", {"attention_bias": False}, "always has biases"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
         ("llama", {"architectures": ["LlamaModel"]}, "expected LlamaForCausalLM"),

@@ -233,5 +233,9 @@ def test_settings_that_make_no_sense_are_errors():
         Execution(attention="cudnn")
     with pytest.raises(ValueError, match="not a multiple of num_kv_heads=3"):
         dataclasses.replace(CONFIG, num_kv_heads=3)
+    with pytest.raises(ValueError, match="did you mean 'post'"):
+        dataclasses.replace(CONFIG, norms="pos")
+    with pytest.raises(ValueError, match="qk_norm and full_qk_norm are both set"):
+        dataclasses.replace(CONFIG, full_qk_norm=True)
     with pytest.raises(ValueError, match="one a layer"):
         dataclasses.replace(CONFIG, sliding_window=2, sliding_layers=(True,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spo_jax.models import RopeScaling, decoder_config_from_hf, decoder_config_to_hf
+from spo_jax.models import FAMILIES, RopeScaling, decoder_config_from_hf, decoder_config_to_hf
 from tests.models.tiny_models import HF_CONFIGS
 
 
@@ -47,7 +47,11 @@ def test_layers_without_positions_are_those_of_the_interval_or_the_list():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llama", {"model_type": "gpt2"}, "use one of llama, mistral, qwen2, qwen3, smollm3"),
+        (
+            "llama",
+            {"model_type": "gpt2"},
+            f"use one of {', '.join(FAMILIES)}",
+        ),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -67,5 +71,6 @@ def test_what_is_not_implemented_is_refused(name, change, message):
 
 
 def test_family_that_cannot_express_a_decoder_is_refused():
-    with pytest.raises(ValueError, match="cannot express qk_norm"):
-        decoder_config_to_hf(decoder_config_from_hf(HF_CONFIGS["qwen3"]), "llama")
+    for name, trait in (("qwen3", "qk_norm"), ("olmo2", "norms, full_qk_norm")):
+        with pytest.raises(ValueError, match=f"cannot express {trait}"):
+            decoder_config_to_hf(decoder_config_from_hf(HF_CONFIGS[name]), "llama")

@@ -88,7 +88,7 @@ def windows(ours) -> list[int | None]:
 
 
 def their_windows(theirs) -> list[int | None]:
-    if theirs.model_type == "llama":
+    if theirs.model_type in ("llama", "olmo2"):
         return [None] * theirs.num_hidden_layers
     if theirs.model_type == "mistral":
         return [theirs.sliding_window] * theirs.num_hidden_layers
@@ -102,7 +102,7 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
     kind = rope["rope_type"]
     scaling = ours.rope_scaling
     family = theirs.model_type
-    attention_bias = family in ("llama", "qwen3", "smollm3") and theirs.attention_bias
+    attention_bias = family in ("llama", "qwen3", "smollm3", "olmo2") and theirs.attention_bias
     turned = ours.rope_layers or (True,) * ours.num_layers
     pairs = {
         "vocabulary": (ours.vocab_size, theirs.vocab_size),
@@ -125,7 +125,9 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
         "qkv": (ours.qkv_bias, attention_bias or family == "qwen2"),
         "o": (ours.o_bias, attention_bias),
         "mlp": (ours.mlp_bias, family in ("llama", "smollm3") and theirs.mlp_bias),
-        "norms": (ours.qk_norm, family == "qwen3"),
+        "norms": (ours.norms, {"olmo2": "post"}.get(family, "pre")),
+        "norms of heads": (ours.qk_norm, family == "qwen3"),
+        "norms of queries": (ours.full_qk_norm, family == "olmo2"),
         "turned": (list(turned), [bool(on) for on in getattr(theirs, "no_rope_layers", turned)]),
         "causal": (True, getattr(theirs, "is_causal", True)),
         "each layer": (False, theirs.is_heterogeneous),
@@ -176,7 +178,7 @@ def test_the_logits_of_what_is_read_are_those_of_transformers(tmp_path):
     compiled = {}
     tokens, mask = padded_tokens(3, [20, 9], 20)
     compared = 0
-    for number, config in enumerate(spoiled_configs(150, seed=1)):
+    for number, config in enumerate(spoiled_configs(300, seed=1)):
         ours = ours_or_error(lambda config=config: decoder_config_from_hf(config))
         if ours is None or their_config(config) is None or ours.vocab_size < 40:
             continue

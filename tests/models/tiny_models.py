@@ -91,6 +91,14 @@ HF_CONFIGS = {
         "pad_token_id": None,  # the class has one beyond the tiny vocabulary
         "tie_word_embeddings": True,
     },
+    "olmo2": {
+        "model_type": "olmo2",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    },
 }
 
 
