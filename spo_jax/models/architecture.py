@@ -37,13 +37,22 @@ NORMS = ("pre", "post", "both")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: ``linear``, or ``llama3`` with three more numbers."""
+    """How rotary frequencies are stretched: ``linear``, ``llama3`` or ``longrope``.
+
+    ``longrope`` has a factor for each of them: ``short_factor`` for texts of up to
+    ``original_max_position_embeddings`` and ``long_factor`` beyond; only the first are computed
+    with. Cosines and sines are multiplied by ``attention_factor``; ``None`` is what its paper
+    takes, of ``factor``.
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
 
 
 class PerLayer(NamedTuple):
@@ -69,7 +78,8 @@ class DecoderConfig:
     all heads together.
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
     says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
-    queries and keys by their positions (``None``: all of them). Hashable, so it can be a
+    queries and keys by their positions (``None``: all of them), ``rotary_dim`` how much of
+    a head they turn (``None``: the whole of it). Hashable, so it can be a
     static argument.
     """
 
@@ -94,6 +104,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
+    rotary_dim: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -112,6 +123,20 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
+        if self.rotary_dim is not None and not (
+            2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0
+        ):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim}: rotary positions turn pairs of the "
+                f"head_dim={self.head_dim} numbers of a head, use an even number of them"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, None)
+            if factors is not None and 2 * len(factors) != self.turned:
+                raise ValueError(
+                    f"{name} of rope_scaling has {len(factors)} numbers: expected "
+                    f"{self.turned // 2}, one for each pair that turns"
+                )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window}: use at least 1, or None")
         if self.sliding_layers is not None and self.sliding_window is None:
@@ -123,6 +148,20 @@ class DecoderConfig:
                     f"{name} has {len(layers)} entries for num_layers={self.num_layers}: "
                     "give one a layer"
                 )
+
+    @property
+    def turned(self) -> int:
+        """How many numbers of a head rotary positions turn."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def context(self) -> tuple[str, int]:
+        """What bounds the length of a text, by its key: the reach of longrope's short factors."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type == "longrope":
+            name = "original_max_position_embeddings"
+            return name, getattr(scaling, name)
+        return "max_position_embeddings", self.max_position_embeddings
 
     @property
     def shared_window(self) -> int | None:

@@ -39,6 +39,7 @@ _LAYERS = (f"a whole number from 1 to {_MOST_LAYERS}", lambda v: _is_whole(v, 1,
 _COUNT = ("a whole number from 0 on", lambda value: _is_whole(value, 0))
 _NUMBER = ("a finite number from 0 on", lambda value: _is_number(value) and value >= 0)
 _ABOVE_ZERO = ("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_SHARE = ("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _TEXT = ("text", lambda value: isinstance(value, str))
 _TEXTS = ("a list of texts", _is_texts)
@@ -72,6 +73,8 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_window_layers": _COUNT,
     "layer_types": _TEXTS,
     "architectures": _TEXTS,
+    "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _SIZE,
     "no_rope_layers": _SWITCHES,
     "no_rope_layer_interval": _SIZE,
 }
@@ -88,6 +91,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
     "partial_rotary_factor": (1.0,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "pruned_heads": ({}, []),
@@ -218,7 +223,10 @@ def shown_value(value: Any) -> str:
 
 def _is_known(key: str, value: Any) -> bool:
     if key in _ONLY:
-        return value is None or any(value == allowed for allowed in _ONLY[key])
+        return value is None or any(
+            value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+            for allowed in _ONLY[key]
+        )
     return key in HARMLESS or key in DROPOUTS or key in NEUTRAL_GENERATION or key in _HANDLED
 
 

@@ -222,6 +222,7 @@ class Model:
         """
         P = prompt_tokens.shape[1]
         B, n, C = completion_tokens.shape
+        self._check_length(P + C)
 
         def packed(prompt, completion):
             return jnp.concatenate([prompt, completion.reshape(B, n * C)], axis=1)
@@ -341,6 +342,17 @@ class Model:
         keys, values = zip(*kept, strict=True)
         x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)
         return x[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.slot + 1)
+
+    def _check_length(self, length: int) -> None:
+        """Raise ``ValueError`` where a text could be so long that longrope has other factors."""
+        name, most = self.config.context
+        if name != "max_position_embeddings" and length > most:
+            raise ValueError(
+                f"rows of {length} tokens reach beyond the model's {name}={most}: from there on "
+                "its longrope takes other factors (long_factor) for the whole of a text, which is "
+                "not implemented; lower max_prompt_length or max_completion_length until their "
+                f"sum is at most {most}"
+            )
 
     @property
     def _on_cpu(self) -> bool:

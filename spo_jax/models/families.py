@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 from spo_jax.models.architecture import DecoderConfig
 from spo_jax.models.config_keys import check_config_keys, check_is_language_model, shown_value
-from spo_jax.models.names import LLAMA_NAMES, OUT_NORM_NAMES, TensorName
-from spo_jax.models.positions import positions_to_hf, read_positions
+from spo_jax.models.names import LLAMA_NAMES, OUT_NORM_NAMES, PHI3_NAMES, TensorName
+from spo_jax.models.positions import USUAL, positions_to_hf, read_positions
 
 HFConfig: TypeAlias = Mapping[str, Any]
 """The content of a ``config.json``."""
@@ -22,12 +22,16 @@ HFConfig: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``."""
+    """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``.
+
+    ``names`` are those of its tensors, ``positions`` the kinds of rotary positions it may have.
+    """
 
     architecture: str
     defaults: HFConfig
     traits: Callable[[HFConfig], dict[str, Any]]
     names: Mapping[str, TensorName] = field(default_factory=lambda: LLAMA_NAMES)
+    positions: tuple[str, ...] = USUAL
 
 
 def _llama_traits(hf: HFConfig) -> dict[str, Any]:
@@ -101,6 +105,10 @@ def _smollm3_traits(hf: HFConfig) -> dict[str, Any]:
         "rope_layers": None if all(turns) else turns,
         **_switched_windows(hf, tuple(not on for on in turns)),
     }
+
+
+def _phi3_traits(hf: HFConfig) -> dict[str, Any]:
+    return {"sliding_window": hf["sliding_window"]}
 
 
 def _olmo2_traits(hf: HFConfig) -> dict[str, Any]:
@@ -178,6 +186,20 @@ FAMILIES: dict[str, Family] = {
         _olmo2_traits,
         OUT_NORM_NAMES,
     ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+        },
+        _phi3_traits,
+        PHI3_NAMES,
+        positions=("default", "longrope"),
+    ),
 }
 
 
@@ -205,10 +227,10 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         hf_config, defaults=family.defaults, architecture=family.architecture, where=where
     )
     hf = {**family.defaults, **hf_config}
-    rope_theta, rope_scaling = read_positions(
-        hf_config, hf["max_position_embeddings"], family.defaults["rope_theta"]
-    )
+    positions = read_positions(hf_config, family.defaults, family.positions)
     num_heads = hf["num_attention_heads"]
+    head_dim = hf["head_dim"] or hf["hidden_size"] // num_heads
+    rotary_dim = int(head_dim * positions.share)
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -216,9 +238,10 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         num_layers=hf["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=hf["num_key_value_heads"] or num_heads,
-        head_dim=hf["head_dim"] or hf["hidden_size"] // num_heads,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
+        head_dim=head_dim,
+        rope_theta=positions.theta,
+        rope_scaling=positions.scaling,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         rms_norm_eps=float(hf["rms_norm_eps"]),
         max_position_embeddings=hf["max_position_embeddings"],
         tie_word_embeddings=hf["tie_word_embeddings"],
@@ -262,6 +285,8 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "use_sliding_window": sliding,
         "sliding_window": config.sliding_window,
         "layer_types": types,
+        "partial_rotary_factor": config.turned / config.head_dim,
+        "original_max_position_embeddings": config.context[1],
         "no_rope_layers": [int(on) for on in config.rope_layers or (True,) * config.num_layers],
     }
     hf |= {key: value for key, value in traits.items() if key in family.defaults}
@@ -281,7 +306,8 @@ def _refuse_unimplemented(hf: HFConfig, family: Family) -> None:
         refused.append(f"hidden_act={shown_value(hf['hidden_act'])} (only 'silu')")
     if hf.get("quantization_config"):
         refused.append("quantization_config (export the model in a float dtype first)")
-    if hf.get("partial_rotary_factor") not in (None, 1.0):
+    partial = hf.get("partial_rotary_factor") not in (None, 1.0)
+    if partial and "partial_rotary_factor" not in family.defaults:
         refused.append(f"partial_rotary_factor={hf['partial_rotary_factor']!r} (only 1.0)")
     if hf.get("auto_map"):
         refused.append(

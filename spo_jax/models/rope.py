@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -12,19 +13,21 @@ from spo_jax.models.architecture import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Rotary frequencies ``theta^(-2i/head_dim)`` after scaling, ``[head_dim/2]``.
+    """Rotary frequencies ``theta^(-2i/d)`` after scaling, ``[d/2]``, of the ``d`` that turn.
 
     In float32 throughout, as the models were trained with.
 
     Llama 3 (its reference code, ``apply_scaling``): wavelengths above
     ``original / low`` are stretched by ``factor``, those below ``original / high`` kept,
-    the ones between interpolated.
+    the ones between interpolated. LongRoPE (Ding et al., arXiv 2402.13753): each has its own.
     """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    exponent = np.arange(0, config.turned, 2, dtype=np.float32) / np.float32(config.turned)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
+    if scaling.rope_type == "longrope":
+        return frequencies / np.asarray(scaling.short_factor, np.float32)
     stretched = frequencies / np.float32(scaling.factor)
     if scaling.rope_type == "linear":
         return stretched
@@ -32,6 +35,20 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * stretched + keep * frequencies).astype(np.float32)
+
+
+def amplitude(config: DecoderConfig) -> float:
+    """What cosines and sines are multiplied by: above 1 for longrope alone."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "longrope":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    return math.sqrt(
+        1 + math.log(scaling.factor) / math.log(scaling.original_max_position_embeddings)
+    )
 
 
 def frequency_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray | None]:
@@ -55,7 +72,10 @@ def rotation(config: DecoderConfig, positions: Int[Array, "B T"]) -> Rotation:
     table, row = frequency_table(config)
     frequencies = table[0] if row is None else table[:, None, None, None]
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    size = amplitude(config)
+    if size == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return size * jnp.cos(angles), size * jnp.sin(angles)
 
 
 def own_rotation(rotation: Rotation, row: Int[Array, ""] | int | None) -> Rotation:
@@ -64,8 +84,10 @@ def own_rotation(rotation: Rotation, row: Int[Array, ""] | int | None) -> Rotati
 
 
 def rotate(x: Float[Array, "B T H d"], rotation: Rotation) -> Float[Array, "B T H d"]:
-    """Turn each pair ``(i, i + d/2)`` of a head by its token's angle."""
+    """Turn each pair ``(i, i + r/2)`` of the first ``r`` numbers of a head by its token's angle."""
     cos, sin = rotation
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    left, right, still = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = [left * cos - right * sin, right * cos + left * sin, still]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

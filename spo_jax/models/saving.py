@@ -128,7 +128,9 @@ def _write_weights(
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
-            array = _to_host(leaves[tensor.path], tensor.layer)
+            parts = [_to_host(leaves[path], tensor.layer) for path, _ in tensor.parts]
+            axis = -1 if tensor.transpose else 0
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = np.asarray(array, jnp.dtype(dtype))
             check_values(name, array, stored, "the parameters", f"dtype={dtype}")

@@ -61,9 +61,12 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
     narrow = model.execution.compute_dtype == "float16"
     sources: dict[str, list[tuple[str, np.ndarray]]] = {}
     for theirs, piece in expected.items():
-        array = stored[theirs].array()
-        source = (theirs, array.T if piece.transpose else array)
-        sources.setdefault(piece.path, []).append(source)
+        array, start = stored[theirs].array(), 0
+        for ours, length in piece.parts:
+            part = array[start : start + length]
+            source = (theirs, part.T if piece.transpose else part)
+            sources.setdefault(ours, []).append(source)
+            start += length
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         ours = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -19,6 +19,7 @@ from spo_jax.models import (
     load_params,
     save_pretrained,
 )
+from spo_jax.models.positions import positions_to_hf
 from spo_jax.models.tensor_files import read_index
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
 
@@ -42,6 +43,7 @@ ROPES = (
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     {"full_attention": {"rope_type": "linear", "factor": 2.0}},
     {"factor": 2.0},
+    {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 3.0]},
 )
 
 
@@ -90,7 +92,7 @@ def windows(ours) -> list[int | None]:
 def their_windows(theirs) -> list[int | None]:
     if theirs.model_type in ("llama", "olmo2"):
         return [None] * theirs.num_hidden_layers
-    if theirs.model_type == "mistral":
+    if theirs.model_type in ("mistral", "phi3"):
         return [theirs.sliding_window] * theirs.num_hidden_layers
     sliding = (kind == "sliding_attention" for kind in theirs.layer_types)
     return [theirs.sliding_window if on else None for on in sliding]
@@ -128,12 +130,17 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
         "norms": (ours.norms, {"olmo2": "post"}.get(family, "pre")),
         "norms of heads": (ours.qk_norm, family == "qwen3"),
         "norms of queries": (ours.full_qk_norm, family == "olmo2"),
+        "share": (ours.turned, int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))),
         "turned": (list(turned), [bool(on) for on in getattr(theirs, "no_rope_layers", turned)]),
         "causal": (True, getattr(theirs, "is_causal", True)),
         "each layer": (False, theirs.is_heterogeneous),
     }
     if scaling:
-        numbers = {k: v for k, v in vars(scaling).items() if k != "rope_type" and v is not None}
+        numbers = positions_to_hf(scaling)
+        numbers.pop("rope_type")
+        if kind == "longrope":  # the class computes it where it is needed
+            ratio = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
+            rope.setdefault("factor", ratio)
         pairs["scaling"] = (numbers, {key: rope[key] for key in numbers})
     return tuple({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
 
@@ -184,8 +191,10 @@ def test_the_logits_of_what_is_read_are_those_of_transformers(tmp_path):
             continue
         if ours not in compiled and len(compiled) == 6:  # each costs seconds of compiling
             continue
-        # Of some families the class has one that lies beyond a tiny vocabulary.
-        folder = write_folder(tmp_path / str(number), config | {"pad_token_id": None})
+        # Of some families the class has one that lies beyond a tiny vocabulary; on an empty
+        # quantization_config, which says nothing, transformers fails.
+        spared = {"pad_token_id": None, "quantization_config": None}
+        folder = write_folder(tmp_path / str(number), config | spared)
         model = load_model(folder)
         run = compiled.setdefault(ours, jax.jit(model.hidden_plain))
         params = load_params(folder, model)
@@ -194,7 +203,9 @@ def test_the_logits_of_what_is_read_are_those_of_transformers(tmp_path):
         expected = transformers_logits(folder, tokens, mask)
         assert np.abs(logits - expected)[mask].max() <= 1e-4, config
         compared += 1
-    assert compared >= 10
+        if compared == 12:
+            return
+    raise AssertionError(f"only {compared} could be compared")
 
 
 def spoil_bytes(data: bytes, rng: random.Random) -> bytes:

@@ -99,6 +99,24 @@ HF_CONFIGS = {
         "attention_bias": False,
         "tie_word_embeddings": False,
     },
+    "phi3": {  # as Phi-4-mini: six of the eight numbers of a head turn
+        "model_type": "phi3",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "partial_rotary_factor": 0.75,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.3, 2.5],
+            "long_factor": [1.1, 4.0, 20.0],
+        },
+        "sliding_window": 30,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    },
 }
 
 
