@@ -16,8 +16,9 @@ import numpy as np
 
 from spo_jax.models.architecture import DTYPES
 from spo_jax.models.decoder import Model
-from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
+from spo_jax.models.families import HFConfig, family_of
 from spo_jax.models.folders import files_to_carry, load_hf_config
+from spo_jax.models.hf_configs import decoder_config_from_hf
 from spo_jax.models.names import StoredAs, stored_tensors
 from spo_jax.models.tensor_files import check_values, write_file
 from spo_jax.types import Params

@@ -14,8 +14,9 @@ import numpy as np
 
 from spo_jax.models.architecture import Execution
 from spo_jax.models.decoder import Model
-from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
+from spo_jax.models.families import HFConfig, family_of
 from spo_jax.models.folders import load_hf_config
+from spo_jax.models.hf_configs import decoder_config_from_hf
 from spo_jax.models.names import StoredAs, stored_tensors
 from spo_jax.models.tensor_files import StoredTensor, check_values, read_index
 from spo_jax.types import Params
