@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +32,12 @@ again: less traffic than to save them, and half of the memory.
 """
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""Of the gate of an MLP, by the names of ``config.json``."""
 
 NORMS = ("pre", "post", "both")
 """Where a layer has its norms: see ``DecoderConfig``."""
@@ -75,7 +83,10 @@ class DecoderConfig:
 
     ``norms`` are taken of what goes into attention and MLP (``pre``), of what comes out
     (``post``), or of ``both``; ``qk_norm`` of every head's queries and keys, ``full_qk_norm`` of
-    all heads together.
+    all heads together, and ``unit_norms`` multiply by ``1 + scale``. ``activation`` is that of
+    the MLP's gate. Scores of attention are divided by the root of ``score_width`` (``None``:
+    ``head_dim``); they and logits are held within a cap ``c`` by ``c tanh(x / c)``, where there
+    is one. ``scaled_embeddings`` are multiplied by the root of their width.
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
     says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
     queries and keys by their positions (``None``: all of them), ``rotary_dim`` how much of
@@ -101,6 +112,12 @@ class DecoderConfig:
     norms: str = "pre"
     qk_norm: bool = False
     full_qk_norm: bool = False
+    unit_norms: bool = False
+    activation: str = "silu"
+    score_width: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    scaled_embeddings: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
@@ -114,6 +131,11 @@ class DecoderConfig:
                 f"num_kv_heads={self.num_kv_heads}: every key/value head serves equally many heads"
             )
         _check_name("norms", self.norms, NORMS)
+        _check_name("activation", self.activation, ACTIVATIONS)
+        for name in ("score_width", "score_cap", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: use a number above 0, or None")
         if self.qk_norm and self.full_qk_norm:
             raise ValueError("qk_norm and full_qk_norm are both set: queries have one norm")
         if self.head_dim < 2:
@@ -148,6 +170,11 @@ class DecoderConfig:
                     f"{name} has {len(layers)} entries for num_layers={self.num_layers}: "
                     "give one a layer"
                 )
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, as attention divides by the root of ``head_dim``."""
+        return 1.0 if self.score_width is None else (self.head_dim / self.score_width) ** 0.5
 
     @property
     def turned(self) -> int:

@@ -75,6 +75,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "architectures": _TEXTS,
     "partial_rotary_factor": _SHARE,
     "original_max_position_embeddings": _SIZE,
+    "hidden_activation": _TEXT,
+    "query_pre_attn_scalar": _ABOVE_ZERO,
+    "attn_logit_softcapping": _ABOVE_ZERO,
+    "final_logit_softcapping": _ABOVE_ZERO,
     "no_rope_layers": _SWITCHES,
     "no_rope_layer_interval": _SIZE,
 }
@@ -82,7 +86,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 _NULLABLE = {
     "num_key_value_heads", "rope_scaling", "rope_parameters", "sliding_window", "layer_types",
-    "architectures",
+    "architectures", "attn_logit_softcapping", "final_logit_softcapping",
 }  # fmt: skip
 
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -91,6 +95,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
     "partial_rotary_factor": (1.0,),
+    "use_bidirectional_attention": (False,),
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),
     "num_experts": (0,),
@@ -165,7 +170,7 @@ def check_config_keys(
         key
         for key, value in hf.items()
         if not (key in own or _is_known(key, value))
-        and not (key == "max_sequence_length" and value == hf.get("max_position_embeddings"))
+        and not (key in _SECOND_NAMES and value == hf.get(_SECOND_NAMES[key]))
         and (strict or not _says_nothing(hf["model_type"], key, value))
     ]
     if unknown:
@@ -229,6 +234,12 @@ def _is_known(key: str, value: Any) -> bool:
         )
     return key in HARMLESS or key in DROPOUTS or key in NEUTRAL_GENERATION or key in _HANDLED
 
+
+_SECOND_NAMES = {
+    "max_sequence_length": "max_position_embeddings",
+    "sliding_window_size": "sliding_window",
+}
+"""Keys that are let pass where they say what another says."""
 
 _HANDLED = {"architectures", "layer_types", "quantization_config", "auto_map"}
 """Keys with checks of their own, in every family."""

@@ -21,9 +21,10 @@ from spo_jax.models.attention import (
     PrefillAttention,
     split_branches,
 )
+from spo_jax.models.blocked import capped
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
-from spo_jax.models.layers import Decoder, Layer, RMSNorm, per_layer
+from spo_jax.models.layers import Decoder, Layer, RMSNorm, per_layer, scaled
 from spo_jax.models.rope import rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import platform
@@ -44,10 +45,23 @@ class Model:
     config: DecoderConfig
     execution: Execution = field(default_factory=Execution)
 
+    def __post_init__(self) -> None:
+        kernel = self.execution.attention
+        if self.config.score_cap is not None and kernel not in ("auto", "blocked"):
+            raise ValueError(
+                f"attention={kernel!r} with a cap on the scores (score_cap="
+                f"{self.config.score_cap}): it knows none, use attention='auto' or 'blocked'"
+            )
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters live on, if the model was told."""
         return self.execution.mesh
+
+    @property
+    def logit_cap(self) -> float | None:
+        """What logits are held within, ``c tanh(logit / c)``; ``None`` leaves them as they are."""
+        return self.config.logit_cap
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Draw matrices from ``N(0, initializer_range^2)``; norms are 1, biases 0."""
@@ -71,7 +85,7 @@ class Model:
         as if alone. Prompts are right-aligned, completions left-aligned; completion
         padding needs no mask, since causality hides it. Of packed rows ``segments`` say which
         prompt a completion continues. Logits of the token after a position are
-        ``hidden @ output_head(params)``.
+        ``hidden @ output_head(params)``, held within ``logit_cap`` where there is one.
         """
         P = prompt_tokens.shape[1]
         B, n, C = completion_tokens.shape
@@ -164,9 +178,11 @@ class Model:
         """Logits in float32 by the parameters of ``decode_params``."""
         if not self._on_cpu:
             head = self.output_head(params)
-            return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-        matrix = params["embed" if self.config.tie_word_embeddings else "head"]
-        return few_rows_product(hidden, matrix.T, preferred_element_type=jnp.float32)
+            logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        else:
+            matrix = params["embed" if self.config.tie_word_embeddings else "head"]
+            logits = few_rows_product(hidden, matrix.T, preferred_element_type=jnp.float32)
+        return capped(logits, self.logit_cap)
 
     def decode_step(
         self, params: Params, cache: Cache, tokens: Int[Array, "B"]
@@ -182,7 +198,7 @@ class Model:
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, own, cache.slot, axis=1)
         context = CachedAttention(valid=valid, slot=cache.slot, on_cpu=self._on_cpu)
         rotated, own = rotation(c, cache.positions[:, None]), per_layer(c)
-        x = params["embed"][tokens][:, None].astype(e.compute_dtype)
+        x = scaled(params["embed"][tokens][:, None].astype(e.compute_dtype), c)
         kept = []
         for i, cached in enumerate(zip(cache.keys, cache.values, strict=True)):
             if self._on_cpu:
@@ -193,7 +209,7 @@ class Model:
             x, now = apply({"params": layer}, x, own.of(i), cached, rotated, context)
             kept.append(now)
         keys, values = zip(*kept, strict=True)
-        x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)
+        x = RMSNorm(c, e).apply({"params": params["final_norm"]}, x)
         return x[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.slot + 1)
 
     def _check_length(self, length: int) -> None:
@@ -222,5 +238,5 @@ class Model:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: PRNGKeyArray) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="xla", mesh=None)
+    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="blocked", mesh=None)
     return model._trunk.init(key, tokens, tokens, context)["params"]

@@ -23,7 +23,8 @@ HFConfig: TypeAlias = Mapping[str, Any]
 class Family:
     """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``.
 
-    ``names`` are those of its tensors, ``positions`` the kinds of rotary positions it may have.
+    ``names`` are those of its tensors, ``positions`` the kinds of rotary positions it may have,
+    ``activation`` the one that its MLP may have.
     """
 
     architecture: str
@@ -31,6 +32,7 @@ class Family:
     traits: Callable[[HFConfig], dict[str, Any]]
     names: Mapping[str, TensorName] = field(default_factory=lambda: LLAMA_NAMES)
     positions: tuple[str, ...] = USUAL
+    activation: str = "silu"
 
 
 def _llama_traits(hf: HFConfig) -> dict[str, Any]:
@@ -115,6 +117,49 @@ def _olmo2_traits(hf: HFConfig) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias, "norms": "post", "full_qk_norm": True}
 
 
+def _gemma2_traits(hf: HFConfig) -> dict[str, Any]:
+    """Every second layer has a window, unless ``layer_types`` rules."""
+    alternating = tuple(i % 2 == 0 for i in range(hf["num_hidden_layers"]))
+    return {
+        **_gemma_traits(hf),
+        **_typed_windows(hf, alternating),
+        "score_cap": _number(hf["attn_logit_softcapping"]),
+    }
+
+
+def _gemma_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = hf["attention_bias"]
+    width = hf["query_pre_attn_scalar"]
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "norms": "both",
+        "unit_norms": True,
+        "scaled_embeddings": True,
+        "score_width": None if width == hf["head_dim"] else float(width),
+        "logit_cap": _number(hf["final_logit_softcapping"]),
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _typed_windows(hf: HFConfig, sliding: tuple[bool, ...]) -> dict[str, Any]:
+    """Windows by ``layer_types``, else in ``sliding``."""
+    if hf["layer_types"]:
+        sliding = tuple(kind == "sliding_attention" for kind in hf["layer_types"])
+    if not any(sliding):
+        return {}
+    if hf["sliding_window"] is None:
+        raise ValueError(
+            "config.json: sliding_window is null, and layers "
+            f"{', '.join(str(i) for i, on in enumerate(sliding) if on)} have a window: set it, or "
+            "layer_types to full_attention for each"
+        )
+    return {"sliding_window": hf["sliding_window"], "sliding_layers": sliding}
+
+
 _COMMON = {
     "hidden_act": "silu",
     "num_key_value_heads": None,
@@ -133,6 +178,18 @@ _QWEN = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA = {
+    **_COMMON,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
     "layer_types": None,
 }
 
@@ -198,6 +255,18 @@ FAMILIES: dict[str, Family] = {
         _phi3_traits,
         PHI3_NAMES,
         positions=("default", "longrope"),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        _gemma2_traits,
+        OUT_NORM_NAMES,
+        activation="gelu_pytorch_tanh",
     ),
 }
 

@@ -40,6 +40,7 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         rms_norm_eps=float(hf["rms_norm_eps"]),
         max_position_embeddings=hf["max_position_embeddings"],
         tie_word_embeddings=hf["tie_word_embeddings"],
+        activation=family.activation,
         initializer_range=float(hf["initializer_range"]),
         **family.traits(hf),
     )
@@ -66,7 +67,6 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
@@ -74,7 +74,14 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.initializer_range,
     }
+    width = config.score_width or config.head_dim
+    width = int(width) if width == int(width) else width
     traits = {
+        "hidden_act": family.activation,
+        "hidden_activation": family.activation,
+        "query_pre_attn_scalar": width,
+        "attn_logit_softcapping": config.score_cap,
+        "final_logit_softcapping": config.logit_cap,
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "use_sliding_window": sliding,
@@ -97,8 +104,11 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
 
 def _refuse_unimplemented(hf: HFConfig, family: Family) -> None:
     refused = []
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        refused.append(f"hidden_act={shown_value(hf['hidden_act'])} (only 'silu')")
+    only = family.activation
+    for key in ("hidden_act", "hidden_activation"):
+        given = hf.get(key, only) if key in family.defaults else only
+        if given != only and (only, given) != ("silu", "swish"):
+            refused.append(f"{key}={shown_value(given)} (only {only!r})")
     if hf.get("quantization_config"):
         refused.append("quantization_config (export the model in a float dtype first)")
     partial = hf.get("partial_rotary_factor") not in (None, 1.0)

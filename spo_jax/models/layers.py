@@ -13,24 +13,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution, PerLayer
+from spo_jax.models.architecture import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    DecoderConfig,
+    Execution,
+    PerLayer,
+)
 from spo_jax.models.rope import frequency_table, own_rotation, rotate, rotation
 from spo_jax.parallel.constraints import ROWS, constrain
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 inside."""
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 inside.
 
-    eps: float
+    Of ``unit_norms`` the factor is ``1 + scale``.
+    """
+
+    config: DecoderConfig
     execution: Execution
 
     @nn.compact
     def __call__(self, x):
-        dtype = self.execution.param_dtype
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), dtype)
+        dtype, unit = self.execution.param_dtype, self.config.unit_norms
+        start = nn.initializers.zeros if unit else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), dtype).astype(jnp.float32)
         wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale.astype(jnp.float32)).astype(self.execution.compute_dtype)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(mean + self.config.rms_norm_eps)
+        return (wide * (1 + scale if unit else scale)).astype(self.execution.compute_dtype)
 
 
 class _Projecting(nn.Module):
@@ -64,27 +75,29 @@ class Attention(_Projecting):
         q = self.project(x, c.num_heads * c.head_dim, "q", bias=c.qkv_bias)
         k = self.project(x, c.num_kv_heads * c.head_dim, "k", bias=c.qkv_bias)
         v = self.project(x, c.num_kv_heads * c.head_dim, "v", bias=c.qkv_bias)
-        normed = [RMSNorm(c.rms_norm_eps, self.execution, name=n) for n in ("q_norm", "k_norm")]
+        normed = [RMSNorm(c, self.execution, name=n) for n in ("q_norm", "k_norm")]
         if c.full_qk_norm:
             q, k = (norm(t) for norm, t in zip(normed, (q, k), strict=True))
         q, k, v = (t.reshape(*x.shape[:2], -1, c.head_dim) for t in (q, k, v))
         if c.qk_norm:
             q, k = (norm(t) for norm, t in zip(normed, (q, k), strict=True))
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out, kept = context.attend(q, k, v, window, cached)
+        q, k = rotate(q, rotation, c.query_scale), rotate(k, rotation)
+        out, kept = context.attend(q, k, v, window, cached, c.score_cap)
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.project(out, c.hidden_size, "o", bias=c.o_bias), kept
 
 
 class MLP(_Projecting):
-    """``down(silu(gate(x)) * up(x))``: Shazeer, arXiv 2002.05202."""
+    """``down(activation(gate(x)) * up(x))``: Shazeer, arXiv 2002.05202."""
 
     @nn.compact
     def __call__(self, x):
         c = self.config
         gate = self.project(x, c.intermediate_size, "gate", bias=c.mlp_bias)
         up = self.project(x, c.intermediate_size, "up", bias=c.mlp_bias)
-        return self.project(nn.silu(gate) * up, c.hidden_size, "down", bias=c.mlp_bias)
+        return self.project(
+            ACTIVATIONS[c.activation](gate) * up, c.hidden_size, "down", bias=c.mlp_bias
+        )
 
 
 class Layer(nn.Module):
@@ -101,7 +114,7 @@ class Layer(nn.Module):
         rotation = own_rotation(rotation, own.rotation)
 
         def norm(x, where: str, name: str):
-            return RMSNorm(c.rms_norm_eps, e, name=name)(x) if c.norms in (where, "both") else x
+            return RMSNorm(c, e, name=name)(x) if c.norms in (where, "both") else x
 
         out, kept = Attention(c, e, p, name="attention")(
             norm(x, "pre", "attention_norm"), rotation, context, window, cached
@@ -144,9 +157,14 @@ class Decoder(nn.Module):
             length=c.num_layers,
         )(c, e, name="layers")
         own = jax.tree.map(jnp.asarray, per_layer(c))
-        x = _look_up(embed, tokens, e)
+        x = scaled(_look_up(embed, tokens, e), c)
         x, kept = layers(x, own, cached, rotation(c, positions), context)
-        return RMSNorm(c.rms_norm_eps, e, name="final_norm")(x), kept
+        return RMSNorm(c, e, name="final_norm")(x), kept
+
+
+def scaled(x, config: DecoderConfig):
+    """Embeddings as the first layer takes them; the factor is rounded to their dtype."""
+    return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scaled_embeddings else x
 
 
 def _look_up(embed, tokens, execution: Execution):

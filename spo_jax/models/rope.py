@@ -83,11 +83,17 @@ def own_rotation(rotation: Rotation, row: Int[Array, ""] | int | None) -> Rotati
     return rotation if row is None else tuple(x[row] for x in rotation)
 
 
-def rotate(x: Float[Array, "B T H d"], rotation: Rotation) -> Float[Array, "B T H d"]:
-    """Turn each pair ``(i, i + r/2)`` of the first ``r`` numbers of a head by its token's angle."""
+def rotate(
+    x: Float[Array, "B T H d"], rotation: Rotation, scale: float = 1.0
+) -> Float[Array, "B T H d"]:
+    """Turn each pair ``(i, i + r/2)`` of the first ``r`` numbers of a head by its token's angle.
+
+    Times ``scale``; in float32, so that both together round once.
+    """
     cos, sin = rotation
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
+    wide = wide if scale == 1 else wide * scale
     left, right, still = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     turned = [left * cos - right * sin, right * cos + left * sin, still]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -43,7 +43,8 @@ def test_absent_keys_are_what_transformers_takes(model_type):
     assert ours.rms_norm_eps == config.rms_norm_eps
     assert ours.rope_theta == config.rope_parameters["rope_theta"]
     assert ours.max_position_embeddings == config.max_position_embeddings
-    assert ours.shared_window == (config.sliding_window if model_type == "mistral" else None)
+    windowed = model_type in ("mistral", "gemma2")
+    assert ours.shared_window == (config.sliding_window if windowed else None)
     assert ours.tie_word_embeddings == config.tie_word_embeddings
 
 
@@ -70,6 +71,17 @@ def test_what_changes_nothing_is_read_past(harmless):
     assert decoder_config_from_hf(llama | harmless) == decoder_config_from_hf(llama)
 
 
+def test_keys_of_gemma_that_say_one_thing_twice():
+    gemma = HF_CONFIGS["gemma2"]
+    twice = gemma | {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 13}
+    assert decoder_config_from_hf(twice) == decoder_config_from_hf(gemma)
+    uncapped = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = decoder_config_from_hf(gemma | uncapped)
+    assert (config.score_cap, config.logit_cap) == (None, None)
+    all_full = decoder_config_from_hf(gemma | {"layer_types": ["full_attention"] * 3})
+    assert all_full.sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -91,6 +103,12 @@ def test_what_changes_nothing_is_read_past(harmless):
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False.*disagree"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("gemma2", {"hidden_act": "gelu"}, "hidden_act='gelu' .only 'gelu_pytorch_tanh'"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu' .only 'gelu_py"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma2", {"sliding_window": None}, "null, and layers 0, 2 have a window"),
+        ("gemma2", {"sliding_window_size": 14}, "sliding_window_size=14"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "softcapping=0.0: expected .* above 0 or null"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("qwen2", {"attention_bias": False}, "always has biases"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),

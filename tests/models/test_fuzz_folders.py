@@ -19,6 +19,7 @@ from spo_jax.models import (
     load_params,
     save_pretrained,
 )
+from spo_jax.models.blocked import capped
 from spo_jax.models.positions import positions_to_hf
 from spo_jax.models.tensor_files import read_index
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
@@ -104,7 +105,11 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
     kind = rope["rope_type"]
     scaling = ours.rope_scaling
     family = theirs.model_type
-    attention_bias = family in ("llama", "qwen3", "smollm3", "olmo2") and theirs.attention_bias
+    attention_bias = (
+        family in ("llama", "qwen3", "smollm3", "olmo2", "gemma2") and theirs.attention_bias
+    )
+    act = theirs.hidden_activation if family == "gemma2" else theirs.hidden_act
+    scalar = ("query_pre_attn_scalar", ours.head_dim)
     turned = ours.rope_layers or (True,) * ours.num_layers
     pairs = {
         "vocabulary": (ours.vocab_size, theirs.vocab_size),
@@ -120,14 +125,20 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
         "eps": (ours.rms_norm_eps, theirs.rms_norm_eps),
         "positions": (ours.max_position_embeddings, theirs.max_position_embeddings),
         "tied": (ours.tie_word_embeddings, theirs.tie_word_embeddings),
-        "act": ("silu", "silu" if theirs.hidden_act == "swish" else theirs.hidden_act),
+        "act": (ours.activation, "silu" if act == "swish" else act),
+        "scores": (ours.score_width or ours.head_dim, getattr(theirs, *scalar)),
+        "caps": (
+            [ours.score_cap, ours.logit_cap],
+            [getattr(theirs, f"{of}_logit_softcapping", None) for of in ("attn", "final")],
+        ),
+        "gemma": ((ours.unit_norms, ours.scaled_embeddings), (family.startswith("gemma"),) * 2),
         "theta": (ours.rope_theta, rope["rope_theta"]),
         "kind": (scaling.rope_type if scaling else "default", kind),
         "windows": (windows(ours), their_windows(theirs)),
         "qkv": (ours.qkv_bias, attention_bias or family == "qwen2"),
         "o": (ours.o_bias, attention_bias),
         "mlp": (ours.mlp_bias, family in ("llama", "smollm3") and theirs.mlp_bias),
-        "norms": (ours.norms, {"olmo2": "post"}.get(family, "pre")),
+        "norms": (ours.norms, {"olmo2": "post", "gemma2": "both"}.get(family, "pre")),
         "norms of heads": (ours.qk_norm, family == "qwen3"),
         "norms of queries": (ours.full_qk_norm, family == "olmo2"),
         "share": (ours.turned, int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))),
@@ -199,7 +210,7 @@ def test_the_logits_of_what_is_read_are_those_of_transformers(tmp_path):
         run = compiled.setdefault(ours, jax.jit(model.hidden_plain))
         params = load_params(folder, model)
         hidden = run(params, jnp.asarray(tokens), jnp.asarray(mask))
-        logits = np.asarray(hidden @ model.output_head(params))
+        logits = np.asarray(capped(hidden @ model.output_head(params), model.logit_cap))
         expected = transformers_logits(folder, tokens, mask)
         assert np.abs(logits - expected)[mask].max() <= 1e-4, config
         compared += 1

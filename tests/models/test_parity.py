@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spo_jax.models import init_model, load_model, load_params
+from spo_jax.models.blocked import capped
 from spo_jax.plan.estimate import count_parameters
 from tests.models.make_fixtures import transformers_logits
 from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
@@ -21,7 +22,7 @@ def our_logits(folder, tokens, mask):
     model = load_model(folder)
     params = load_params(folder, model)
     hidden = jax.jit(model.hidden_plain)(params, jnp.asarray(tokens), jnp.asarray(mask))
-    return np.asarray(hidden @ model.output_head(params))
+    return np.asarray(capped(hidden @ model.output_head(params), model.logit_cap))
 
 
 @pytest.mark.wide

@@ -24,7 +24,7 @@ from spo_jax.models.tensor_files import read_header, read_index, write_file
 from tests.models.tiny_models import HF_CONFIGS, weights, write_folder
 
 
-@pytest.fixture(params=["llama_tied", "qwen3", "olmo2", "phi3"])
+@pytest.fixture(params=["llama_tied", "qwen3", "olmo2", "phi3", "gemma2"])
 def folder(request, tmp_path):
     return write_folder(tmp_path / "source", HF_CONFIGS[request.param])
 

@@ -117,6 +117,19 @@ HF_CONFIGS = {
         "pad_token_id": None,
         "tie_word_embeddings": True,
     },
+    "gemma2": {  # caps so low that they tell
+        "model_type": "gemma2",
+        **{key: value for key, value in _SHAPE.items() if key != "hidden_act"},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 3,
+        "rope_theta": 10000.0,
+        "sliding_window": 13,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
 }
 
 
