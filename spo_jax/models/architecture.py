@@ -90,7 +90,8 @@ class DecoderConfig:
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
     says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
     queries and keys by their positions (``None``: all of them), ``rotary_dim`` how much of
-    a head they turn (``None``: the whole of it). Hashable, so it can be a
+    a head they turn (``None``: the whole of it), ``sliding_rope_theta`` the base of layers with a
+    window (``None``: as the others, ``rope_scaling`` included). Hashable, so it can be a
     static argument.
     """
 
@@ -122,6 +123,7 @@ class DecoderConfig:
     sliding_layers: tuple[bool, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
     rotary_dim: int | None = None
+    sliding_rope_theta: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -163,6 +165,8 @@ class DecoderConfig:
             raise ValueError(f"sliding_window={self.sliding_window}: use at least 1, or None")
         if self.sliding_layers is not None and self.sliding_window is None:
             raise ValueError("sliding_layers is set but sliding_window is None: set both")
+        if self.sliding_rope_theta is not None and self.sliding_layers is None:
+            raise ValueError("sliding_rope_theta is set but sliding_layers is None: set both")
         for name in ("sliding_layers", "rope_layers"):
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.num_layers:

@@ -76,6 +76,8 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "partial_rotary_factor": _SHARE,
     "original_max_position_embeddings": _SIZE,
     "hidden_activation": _TEXT,
+    "rope_local_base_freq": _ABOVE_ZERO,
+    "sliding_window_pattern": _SIZE,
     "query_pre_attn_scalar": _ABOVE_ZERO,
     "attn_logit_softcapping": _ABOVE_ZERO,
     "final_logit_softcapping": _ABOVE_ZERO,

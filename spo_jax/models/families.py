@@ -127,6 +127,21 @@ def _gemma2_traits(hf: HFConfig) -> dict[str, Any]:
     }
 
 
+def _gemma3_traits(hf: HFConfig) -> dict[str, Any]:
+    """Each ``sliding_window_pattern``-th layer has no window, unless ``layer_types`` rules."""
+    if hf["attn_logit_softcapping"] is not None:
+        raise ValueError(
+            f"config.json: attn_logit_softcapping={hf['attn_logit_softcapping']}: transformers "
+            "leaves it out of a gemma3_text model; set it to null, or model_type to gemma2"
+        )
+    pattern, layers = hf["sliding_window_pattern"], range(hf["num_hidden_layers"])
+    return {
+        **_gemma_traits(hf),
+        **_typed_windows(hf, tuple((i + 1) % pattern != 0 for i in layers)),
+        "qk_norm": True,
+    }
+
+
 def _gemma_traits(hf: HFConfig) -> dict[str, Any]:
     bias = hf["attention_bias"]
     width = hf["query_pre_attn_scalar"]
@@ -265,6 +280,21 @@ FAMILIES: dict[str, Family] = {
             "attn_logit_softcapping": 50.0,
         },
         _gemma2_traits,
+        OUT_NORM_NAMES,
+        activation="gelu_pytorch_tanh",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+        },
+        _gemma3_traits,
         OUT_NORM_NAMES,
         activation="gelu_pytorch_tanh",
     ),

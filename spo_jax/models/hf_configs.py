@@ -7,7 +7,7 @@ from typing import Any
 from spo_jax.models.architecture import DecoderConfig
 from spo_jax.models.config_keys import check_config_keys, shown_value
 from spo_jax.models.families import FAMILIES, Family, HFConfig, family_of
-from spo_jax.models.positions import positions_to_hf, read_positions
+from spo_jax.models.positions import positions_to_hf, read_positions, read_sliding_theta
 
 
 def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> DecoderConfig:
@@ -22,7 +22,9 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         hf_config, defaults=family.defaults, architecture=family.architecture, where=where
     )
     hf = {**family.defaults, **hf_config}
-    positions = read_positions(hf_config, family.defaults, family.positions)
+    full, sliding_theta = read_sliding_theta(hf_config, family.defaults)
+    positions = read_positions(full, family.defaults, family.positions)
+    traits = family.traits(hf)
     num_heads = hf["num_attention_heads"]
     head_dim = hf["head_dim"] or hf["hidden_size"] // num_heads
     rotary_dim = int(head_dim * positions.share)
@@ -42,7 +44,8 @@ def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> D
         tie_word_embeddings=hf["tie_word_embeddings"],
         activation=family.activation,
         initializer_range=float(hf["initializer_range"]),
-        **family.traits(hf),
+        sliding_rope_theta=sliding_theta if traits.get("sliding_layers") else None,
+        **traits,
     )
 
 
@@ -87,6 +90,8 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "use_sliding_window": sliding,
         "sliding_window": config.sliding_window,
         "layer_types": types,
+        "rope_local_base_freq": config.sliding_rope_theta
+        or family.defaults.get("rope_local_base_freq"),
         "partial_rotary_factor": config.turned / config.head_dim,
         "original_max_position_embeddings": config.context[1],
         "no_rope_layers": [int(on) for on in config.rope_layers or (True,) * config.num_layers],

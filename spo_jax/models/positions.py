@@ -74,6 +74,34 @@ def read_positions(
     return Positions(next(iter(thetas.values())), scalings[0], next(iter(shares), 1.0))
 
 
+def read_sliding_theta(
+    hf: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], float | None]:
+    """The keys of layers without a window, and the base of those that have one.
+
+    Of a family whose ``rope_parameters`` are one mapping for each of the two; of others all keys,
+    and ``None``.
+    """
+    key = "rope_local_base_freq"
+    if key not in defaults:
+        return hf, None
+    both = hf.get("rope_parameters") or {}
+    kinds = ("full_attention", "sliding_attention")
+    if any(name not in kinds or not isinstance(both[name] or {}, Mapping) for name in both):
+        raise ValueError(
+            f"config.json: rope_parameters={both}: expected a mapping for each of "
+            f"{' and '.join(kinds)}, as there are layers of both kinds"
+        )
+    full, sliding = (both.get(name) or None for name in kinds)
+    local = {"rope_parameters": sliding, **({"rope_theta": hf[key]} if key in hf else {})}
+    try:
+        plain = {**defaults, "rope_theta": defaults[key]}
+        theta = read_positions(local, plain, ("default",)).theta
+    except ValueError as error:
+        raise ValueError(f"{error} (of sliding_attention, whose rope_theta is {key})") from error
+    return {**hf, "rope_parameters": full}, theta
+
+
 def check_positive(key: str, value: Any) -> float:
     """A finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -21,8 +21,7 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     ``original / low`` are stretched by ``factor``, those below ``original / high`` kept,
     the ones between interpolated. LongRoPE (Ding et al., arXiv 2402.13753): each has its own.
     """
-    exponent = np.arange(0, config.turned, 2, dtype=np.float32) / np.float32(config.turned)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    frequencies = _plain_frequencies(config.rope_theta, config.turned)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -35,6 +34,11 @@ def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - keep) * stretched + keep * frequencies).astype(np.float32)
+
+
+def _plain_frequencies(theta: float, turned: int) -> np.ndarray:
+    exponent = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
+    return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
 
 
 def amplitude(config: DecoderConfig) -> float:
@@ -57,8 +61,12 @@ def frequency_table(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray | Non
     A layer without positions has zeros: it turns by no angle, exactly.
     """
     own = inverse_frequencies(config)
-    layers = config.rope_layers or (True,) * config.num_layers
-    rows = np.stack([own if turns else np.zeros_like(own) for turns in layers])
+    rows = np.stack([own] * config.num_layers)
+    if config.sliding_rope_theta is not None:
+        local = _plain_frequencies(config.sliding_rope_theta, config.turned)
+        rows[np.asarray(config.sliding_layers)] = local
+    if config.rope_layers is not None:
+        rows[~np.asarray(config.rope_layers)] = 0
     table, row = np.unique(rows, axis=0, return_inverse=True)
     return table, row.astype(np.int32) if len(table) > 1 else None
 

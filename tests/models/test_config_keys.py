@@ -41,9 +41,12 @@ def test_absent_keys_are_what_transformers_takes(model_type):
     ours = decoder_config_from_hf({"model_type": model_type, **shape, "head_dim": 2})
     assert ours.num_kv_heads == config.num_key_value_heads
     assert ours.rms_norm_eps == config.rms_norm_eps
-    assert ours.rope_theta == config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    if "sliding_attention" in rope:
+        assert ours.sliding_rope_theta == rope["sliding_attention"]["rope_theta"]
     assert ours.max_position_embeddings == config.max_position_embeddings
-    windowed = model_type in ("mistral", "gemma2")
+    windowed = model_type in ("mistral", "gemma2", "gemma3_text")
     assert ours.shared_window == (config.sliding_window if windowed else None)
     assert ours.tie_word_embeddings == config.tie_word_embeddings
 
@@ -181,6 +184,38 @@ def test_positions_say_one_thing(rope, message):
     config = {k: v for k, v in HF_CONFIGS["llama"].items() if not k.startswith("rope_")} | rope
     with pytest.raises(ValueError, match=message):
         decoder_config_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": LINEAR}, "expected a mapping for each of full_attention and sliding_"),
+        ({"rope_parameters": {"sliding_attention": LINEAR}}, "'linear' is not .*of sliding_attent"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 2.0}}}, "2.0 and rope_theta=50"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 2.0}}}, "disagree"),
+        ({"rope_parameters": {"full_attention": 3}}, "expected a mapping for each"),
+        ({"rope_local_base_freq": -1.0}, "rope_local_base_freq=-1.0"),
+        ({"attn_logit_softcapping": 50.0}, "transformers leaves it out .* gemma2"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+    ],
+)
+def test_positions_of_two_kinds_of_layers_say_one_thing(change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_config_from_hf(HF_CONFIGS["gemma3"] | change)
+
+
+def test_positions_of_two_kinds_of_layers_are_read_in_both_writings():
+    old = HF_CONFIGS["gemma3"]
+    config = decoder_config_from_hf(old)
+    assert config.sliding_layers == (True, True, False)
+    assert (config.rope_theta, config.sliding_rope_theta) == (5e5, 50.0)
+    new = {key: value for key, value in old.items() if not key.startswith("rope_")}
+    full = old["rope_scaling"] | {"rope_theta": 5e5}
+    sliding = {"rope_type": "default", "rope_theta": 50.0}
+    new["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+    assert decoder_config_from_hf(new) == config
+    whole = decoder_config_from_hf(old | {"layer_types": ["full_attention"] * 3})
+    assert (whole.sliding_window, whole.sliding_rope_theta) == (None, None)
 
 
 def test_positions_said_twice_alike_are_read():

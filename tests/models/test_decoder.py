@@ -244,5 +244,7 @@ def test_settings_that_make_no_sense_are_errors():
         with pytest.raises(ValueError, match=rf"attention='{kernel}' with a cap on the scores"):
             Model(capped, Execution(attention=kernel))
     Model(capped, Execution(attention="blocked"))
+    with pytest.raises(ValueError, match="sliding_rope_theta is set but sliding_layers is None"):
+        dataclasses.replace(CONFIG, sliding_rope_theta=1e4)
     with pytest.raises(ValueError, match="one a layer"):
         dataclasses.replace(CONFIG, sliding_window=2, sliding_layers=(True,))

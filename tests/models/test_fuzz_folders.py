@@ -102,13 +102,15 @@ def their_windows(theirs) -> list[int | None]:
 def what_decides(ours, theirs) -> tuple[dict, dict]:
     """What the logits depend on, as both read it."""
     rope = dict(theirs.rope_parameters)
+    local, rope = rope.get("sliding_attention"), rope.get("full_attention", rope)
     kind = rope["rope_type"]
     scaling = ours.rope_scaling
     family = theirs.model_type
     attention_bias = (
         family in ("llama", "qwen3", "smollm3", "olmo2", "gemma2") and theirs.attention_bias
     )
-    act = theirs.hidden_activation if family == "gemma2" else theirs.hidden_act
+    gemma = family.startswith("gemma")
+    act = theirs.hidden_activation if gemma else theirs.hidden_act
     scalar = ("query_pre_attn_scalar", ours.head_dim)
     turned = ours.rope_layers or (True,) * ours.num_layers
     pairs = {
@@ -131,15 +133,22 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
             [ours.score_cap, ours.logit_cap],
             [getattr(theirs, f"{of}_logit_softcapping", None) for of in ("attn", "final")],
         ),
-        "gemma": ((ours.unit_norms, ours.scaled_embeddings), (family.startswith("gemma"),) * 2),
+        "gemma": ((ours.unit_norms, ours.scaled_embeddings), (gemma, gemma)),
         "theta": (ours.rope_theta, rope["rope_theta"]),
         "kind": (scaling.rope_type if scaling else "default", kind),
         "windows": (windows(ours), their_windows(theirs)),
         "qkv": (ours.qkv_bias, attention_bias or family == "qwen2"),
         "o": (ours.o_bias, attention_bias),
         "mlp": (ours.mlp_bias, family in ("llama", "smollm3") and theirs.mlp_bias),
-        "norms": (ours.norms, {"olmo2": "post", "gemma2": "both"}.get(family, "pre")),
-        "norms of heads": (ours.qk_norm, family == "qwen3"),
+        "norms": (
+            ours.norms,
+            {"olmo2": "post", "gemma2": "both", "gemma3_text": "both"}.get(family, "pre"),
+        ),
+        "norms of heads": (ours.qk_norm, family in ("qwen3", "gemma3_text")),
+        "local": (
+            ours.sliding_rope_theta,
+            local["rope_theta"] if local and ours.sliding_layers else None,
+        ),
         "norms of queries": (ours.full_qk_norm, family == "olmo2"),
         "share": (ours.turned, int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))),
         "turned": (list(turned), [bool(on) for on in getattr(theirs, "no_rope_layers", turned)]),

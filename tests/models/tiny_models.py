@@ -130,6 +130,20 @@ HF_CONFIGS = {
         "final_logit_softcapping": 5.0,
         "tie_word_embeddings": True,
     },
+    "gemma3": {  # the last layer attends fully, and its positions are stretched
+        "model_type": "gemma3_text",
+        **{key: value for key, value in _SHAPE.items() if key != "hidden_act"},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 10,
+        "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 50.0,
+        "sliding_window": 13,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": True,
+    },
 }
 
 
