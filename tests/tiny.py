@@ -57,6 +57,7 @@ class Bigram:
     """
 
     mesh = None
+    logit_cap = None
 
     def init(self, seed=0):
         keys = jax.random.split(jax.random.key(seed), 3)

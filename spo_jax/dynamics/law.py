@@ -118,7 +118,9 @@ def make_head_law(model: Any, loss: PreferenceLoss, *, chunk_tokens: int) -> Cal
 
             def sums(head):
                 tokens = pair.completion_tokens
-                found = token_logprobs(states, head, tokens, chunk_tokens=chunk_tokens)
+                found = token_logprobs(
+                    states, head, tokens, chunk_tokens=chunk_tokens, cap=model.logit_cap
+                )
                 return jnp.sum(jnp.where(mask, found, 0), axis=-1)[0]
 
             before, chosen, rejected = _two_gradients(sums, _wide(head), lambda x: x)
@@ -215,8 +217,9 @@ def make_mass(
         states, head = states_and_head(model, params, batch)
         mask = scored_mask(batch)
         tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-        found = token_logprobs(states, head, batch.completion_tokens, chunk_tokens=chunk_tokens)
-        spread = token_spread(states, head, top_k=top_k, chunk_tokens=chunk_tokens)
+        how = {"chunk_tokens": chunk_tokens, "cap": model.logit_cap}
+        found = token_logprobs(states, head, batch.completion_tokens, **how)
+        spread = token_spread(states, head, top_k=top_k, **how)
         logprobs, entropy, top_mass = (
             jnp.sum(jnp.where(mask, x, 0), axis=-1) for x in (found, *spread)
         )

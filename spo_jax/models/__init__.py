@@ -6,8 +6,9 @@ from spo_jax.models.architecture import DecoderConfig, Execution, RopeScaling
 from spo_jax.models.attention import Layout
 from spo_jax.models.cache import Cache, grow_cache, take_rows
 from spo_jax.models.decoder import Model
-from spo_jax.models.families import FAMILIES, decoder_config_from_hf, decoder_config_to_hf
+from spo_jax.models.families import FAMILIES
 from spo_jax.models.folders import load_hf_config, resolve_model_folder
+from spo_jax.models.hf_configs import decoder_config_from_hf, decoder_config_to_hf
 from spo_jax.models.saving import save_pretrained
 from spo_jax.models.weights import WeightsError, init_model, load_model, load_params
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,25 +33,66 @@ again: less traffic than to save them, and half of the memory.
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""Of the gate of an MLP, by the names of ``config.json``."""
+
+NORMS = ("pre", "post", "both")
+"""Where a layer has its norms: see ``DecoderConfig``."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: ``linear``, or ``llama3`` with three more numbers."""
+    """How rotary frequencies are stretched: ``linear``, ``llama3`` or ``longrope``.
+
+    ``longrope`` has a factor for each of them: ``short_factor`` for texts of up to
+    ``original_max_position_embeddings`` and ``long_factor`` beyond; only the first are computed
+    with. Cosines and sines are multiplied by ``attention_factor``; ``None`` is what its paper
+    takes, of ``factor``.
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    attention_factor: float | None = None
+
+
+class PerLayer(NamedTuple):
+    """What sets a layer apart, an array over the layers each; ``None`` where all are alike.
+
+    ``window`` is its own window, ``rotation`` its row of ``rope.frequency_table``.
+    """
+
+    window: Any = None
+    rotation: Any = None
+
+    def of(self, layer: int) -> PerLayer:
+        """The numbers of one layer."""
+        return PerLayer(*(None if x is None else int(x[layer]) for x in self))
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a pre-norm decoder with rotary positions, grouped queries and a gated MLP.
+    """The shape of a decoder with rotary positions, grouped queries, RMS norms and a gated MLP.
 
+    ``norms`` are taken of what goes into attention and MLP (``pre``), of what comes out
+    (``post``), or of ``both``; ``qk_norm`` of every head's queries and keys, ``full_qk_norm`` of
+    all heads together, and ``unit_norms`` multiply by ``1 + scale``. ``activation`` is that of
+    the MLP's gate. Scores of attention are divided by the root of ``score_width`` (``None``:
+    ``head_dim``); they and logits are held within a cap ``c`` by ``c tanh(x / c)``, where there
+    is one. ``scaled_embeddings`` are multiplied by the root of their width.
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
-    says which layers use it (``None``: all of them). Hashable, so it can be a static
-    argument.
+    says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
+    queries and keys by their positions (``None``: all of them), ``rotary_dim`` how much of
+    a head they turn (``None``: the whole of it), ``sliding_rope_theta`` the base of layers with a
+    window (``None``: as the others, ``rope_scaling`` included). Hashable, so it can be a
+    static argument.
     """
 
     vocab_size: int
@@ -67,9 +110,20 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    norms: str = "pre"
     qk_norm: bool = False
+    full_qk_norm: bool = False
+    unit_norms: bool = False
+    activation: str = "silu"
+    score_width: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    scaled_embeddings: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
+    rotary_dim: int | None = None
+    sliding_rope_theta: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -78,6 +132,14 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of "
                 f"num_kv_heads={self.num_kv_heads}: every key/value head serves equally many heads"
             )
+        _check_name("norms", self.norms, NORMS)
+        _check_name("activation", self.activation, ACTIVATIONS)
+        for name in ("score_width", "score_cap", "logit_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: use a number above 0, or None")
+        if self.qk_norm and self.full_qk_norm:
+            raise ValueError("qk_norm and full_qk_norm are both set: queries have one norm")
         if self.head_dim < 2:
             raise ValueError(
                 f"head_dim={self.head_dim}: hidden_size={self.hidden_size} does not suffice for "
@@ -85,16 +147,52 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
+        if self.rotary_dim is not None and not (
+            2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0
+        ):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim}: rotary positions turn pairs of the "
+                f"head_dim={self.head_dim} numbers of a head, use an even number of them"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, None)
+            if factors is not None and 2 * len(factors) != self.turned:
+                raise ValueError(
+                    f"{name} of rope_scaling has {len(factors)} numbers: expected "
+                    f"{self.turned // 2}, one for each pair that turns"
+                )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window}: use at least 1, or None")
-        if self.sliding_layers is not None:
-            if self.sliding_window is None:
-                raise ValueError("sliding_layers is set but sliding_window is None: set both")
-            if len(self.sliding_layers) != self.num_layers:
+        if self.sliding_layers is not None and self.sliding_window is None:
+            raise ValueError("sliding_layers is set but sliding_window is None: set both")
+        if self.sliding_rope_theta is not None and self.sliding_layers is None:
+            raise ValueError("sliding_rope_theta is set but sliding_layers is None: set both")
+        for name in ("sliding_layers", "rope_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(
-                    f"sliding_layers has {len(self.sliding_layers)} entries for "
-                    f"num_layers={self.num_layers}: give one a layer"
+                    f"{name} has {len(layers)} entries for num_layers={self.num_layers}: "
+                    "give one a layer"
                 )
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, as attention divides by the root of ``head_dim``."""
+        return 1.0 if self.score_width is None else (self.head_dim / self.score_width) ** 0.5
+
+    @property
+    def turned(self) -> int:
+        """How many numbers of a head rotary positions turn."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def context(self) -> tuple[str, int]:
+        """What bounds the length of a text, by its key: the reach of longrope's short factors."""
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type == "longrope":
+            name = "original_max_position_embeddings"
+            return name, getattr(scaling, name)
+        return "max_position_embeddings", self.max_position_embeddings
 
     @property
     def shared_window(self) -> int | None:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from spo_jax.models.blocked import blocked_attention
+from spo_jax.models.blocked import blocked_attention, capped
 from spo_jax.models.few_rows import few_rows_sum
 from spo_jax.models.second_order import with_second_derivative
 from spo_jax.parallel.constraints import platform
@@ -140,9 +140,12 @@ KERNELS = ("xla", "blocked", "cudnn", "splash")
 """What ``Execution.attention`` may name, beside ``auto``."""
 
 
-def in_blocks(name: str, mesh: Mesh | None) -> bool:
-    """Whether attention called ``name`` is ``blocked_attention``: ``auto`` is on a CPU."""
-    return name == "blocked" or (name == "auto" and platform(mesh) == "cpu")
+def in_blocks(name: str, mesh: Mesh | None, cap: float | None = None) -> bool:
+    """Whether attention called ``name`` is ``blocked_attention``.
+
+    ``auto`` is on a CPU, and everywhere if scores have a ``cap``, which no other knows.
+    """
+    return name == "blocked" or (name == "auto" and (cap is not None or platform(mesh) == "cpu"))
 
 
 def choose_kernel(
@@ -214,17 +217,19 @@ class BranchAttention(flax.struct.PyTreeNode):
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
     positions: Int[Array, "Bn T"] | None = None
 
-    def attend(self, q: Any, k: Any, v: Any, window: Window, cached: None) -> tuple[Any, None]:
+    def attend(
+        self, q: Any, k: Any, v: Any, window: Window, cached: None, cap: float | None = None
+    ) -> tuple[Any, None]:
         """Return the packed ``[B, P + n*C, H, d]`` outputs, and nothing to keep."""
         ids, positions, layout = self.segment_ids, self.positions, self.layout
         packed = positions is not None
-        if in_blocks(self.kernel, self.mesh):
+        if in_blocks(self.kernel, self.mesh, cap):
             ids = ids.reshape(-1, layout.branches, ids.shape[1])
             if packed:
                 positions = positions.reshape(ids.shape)
             else:
                 ids = ids[:, :1] > 0  # the same in all branches
-            out = blocked_attention(q, k, v, ids, positions, layout, window)
+            out = blocked_attention(q, k, v, ids, positions, layout, window, cap)
             return checkpoint_name(out, ATTENDED), None
         q, k, v = (split_branches(x, layout) for x in (q, k, v))
         kernel = choose_kernel(
@@ -245,12 +250,12 @@ class PrefillAttention(flax.struct.PyTreeNode):
     mesh: Mesh | None = flax.struct.field(pytree_node=False)
 
     def attend(
-        self, q: Any, k: Any, v: Any, window: Window, cached: None
+        self, q: Any, k: Any, v: Any, window: Window, cached: None, cap: float | None = None
     ) -> tuple[Any, tuple[Any, Any]]:
         """Return the outputs ``[B, P, H, d]`` and the prompt's keys and values."""
-        if in_blocks(self.kernel, self.mesh):
+        if in_blocks(self.kernel, self.mesh, cap):
             ids, layout = self.segment_ids[:, None] > 0, Layout(q.shape[1], 1, 0)
-            return blocked_attention(q, k, v, ids, None, layout, window), (k, v)
+            return blocked_attention(q, k, v, ids, None, layout, window, cap), (k, v)
         kernel = choose_kernel(self.kernel, q.dtype, q.shape[-1], q.shape[1], window, self.mesh)
         return kernel(q, k, v, self.segment_ids, window), (k, v)
 
@@ -266,7 +271,13 @@ class CachedAttention(flax.struct.PyTreeNode):
     on_cpu: bool = flax.struct.field(pytree_node=False)
 
     def attend(
-        self, q: Any, k: Any, v: Any, window: Window, cached: tuple[Any, Any]
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        window: Window,
+        cached: tuple[Any, Any],
+        cap: float | None = None,
     ) -> tuple[Any, tuple[Any, Any]]:
         """Return the outputs ``[B, 1, H, d]`` and the layer's ``[B, K, d, S]`` cache with them.
 
@@ -283,7 +294,8 @@ class CachedAttention(flax.struct.PyTreeNode):
             seen &= self.slot - jnp.arange(S) < window
         grouped = q.reshape(B, K, -1, d)
         scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen[:, None, None], scores * d**-0.5, -jnp.inf)
+        scores = capped(scores * d**-0.5, cap)
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         if self.on_cpu:
             out = few_rows_sum(weights, values)

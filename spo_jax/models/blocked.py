@@ -41,6 +41,11 @@ def _blocks(prompt: int, branches: int, completion: int, window: Any) -> Iterato
             yield _Block(branch, start, min(start + size, end), max(0, start - sees + 1))
 
 
+def capped(x: Any, cap: float | None) -> Any:
+    """``cap tanh(x / cap)``: about ``x`` where it is small, never beyond ``cap``."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def blocked_attention(
     q: Float[Array, "B packed H d"],
     k: Float[Array, "B packed K d"],
@@ -49,12 +54,14 @@ def blocked_attention(
     positions: Int[Array, "B n T"] | None,
     layout: tuple[int, int, int],
     window: Any,
+    cap: float | None = None,
 ) -> Float[Array, "B packed H d"]:
     """Causal attention of prompts and of completions that each continue the prompt.
 
     ``layout`` is ``attention.Layout``; ``segment_ids`` and ``positions`` are by place in a branch,
     ids of one branch stand for all. A token sees tokens of its own segment only. ``window`` is as
-    in ``attention.Window``, counted in ``positions`` where they are given, else in places.
+    in ``attention.Window``, counted in ``positions`` where they are given, else in places. Scores
+    are held within ``cap``.
     """
     prompt, branches, completion = layout
     batch, packed, heads, width = q.shape
@@ -87,7 +94,8 @@ def blocked_attention(
     @jax.checkpoint
     def attend(q, k, v, mask):
         scores = jnp.einsum("bkgqd,bktd->bkgqt", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * width**-0.5, -jnp.inf)
+        scores = capped(scores * width**-0.5, cap)
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bkgqt,bktd->bkgqd", weights, v)
 

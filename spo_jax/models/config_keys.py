@@ -39,9 +39,14 @@ _LAYERS = (f"a whole number from 1 to {_MOST_LAYERS}", lambda v: _is_whole(v, 1,
 _COUNT = ("a whole number from 0 on", lambda value: _is_whole(value, 0))
 _NUMBER = ("a finite number from 0 on", lambda value: _is_number(value) and value >= 0)
 _ABOVE_ZERO = ("a finite number above 0", lambda value: _is_number(value) and value > 0)
+_SHARE = ("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
 _TEXT = ("text", lambda value: isinstance(value, str))
 _TEXTS = ("a list of texts", _is_texts)
+_SWITCHES = (
+    "a list of 0 and 1",
+    lambda value: isinstance(value, list | tuple) and all(x in (0, 1) for x in value),
+)
 _MAPPING = ("a mapping", lambda value: isinstance(value, Mapping))
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -68,12 +73,22 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_window_layers": _COUNT,
     "layer_types": _TEXTS,
     "architectures": _TEXTS,
+    "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _SIZE,
+    "hidden_activation": _TEXT,
+    "rope_local_base_freq": _ABOVE_ZERO,
+    "sliding_window_pattern": _SIZE,
+    "query_pre_attn_scalar": _ABOVE_ZERO,
+    "attn_logit_softcapping": _ABOVE_ZERO,
+    "final_logit_softcapping": _ABOVE_ZERO,
+    "no_rope_layers": _SWITCHES,
+    "no_rope_layer_interval": _SIZE,
 }
 """Keys whose values are used, and what those have to be."""
 
 _NULLABLE = {
     "num_key_value_heads", "rope_scaling", "rope_parameters", "sliding_window", "layer_types",
-    "architectures",
+    "architectures", "attn_logit_softcapping", "final_logit_softcapping",
 }  # fmt: skip
 
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -82,6 +97,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
     "partial_rotary_factor": (1.0,),
+    "use_bidirectional_attention": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "pruned_heads": ({}, []),
@@ -154,7 +172,7 @@ def check_config_keys(
         key
         for key, value in hf.items()
         if not (key in own or _is_known(key, value))
-        and not (key == "max_sequence_length" and value == hf.get("max_position_embeddings"))
+        and not (key in _SECOND_NAMES and value == hf.get(_SECOND_NAMES[key]))
         and (strict or not _says_nothing(hf["model_type"], key, value))
     ]
     if unknown:
@@ -212,9 +230,18 @@ def shown_value(value: Any) -> str:
 
 def _is_known(key: str, value: Any) -> bool:
     if key in _ONLY:
-        return value is None or any(value == allowed for allowed in _ONLY[key])
+        return value is None or any(
+            value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+            for allowed in _ONLY[key]
+        )
     return key in HARMLESS or key in DROPOUTS or key in NEUTRAL_GENERATION or key in _HANDLED
 
+
+_SECOND_NAMES = {
+    "max_sequence_length": "max_position_embeddings",
+    "sliding_window_size": "sliding_window",
+}
+"""Keys that are let pass where they say what another says."""
 
 _HANDLED = {"architectures", "layer_types", "quantization_config", "auto_map"}
 """Keys with checks of their own, in every family."""

@@ -1,23 +1,19 @@
-"""The Flax decoder, and ``Model``: its pure functions on a plain tree of parameters.
+"""``Model``: the decoder as pure functions on a plain tree of parameters.
 
-One trunk serves training and generation. Norms, projections and MLPs run on packed
-``[B, T]`` tokens; what a token may look at is the business of the attention context.
+One trunk (``layers.py``) serves training and generation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution
+from spo_jax.models.architecture import DecoderConfig, Execution
 from spo_jax.models.attention import (
     BranchAttention,
     CachedAttention,
@@ -25,142 +21,14 @@ from spo_jax.models.attention import (
     PrefillAttention,
     split_branches,
 )
+from spo_jax.models.blocked import capped
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
-from spo_jax.models.rope import rotate, rotation
+from spo_jax.models.layers import Decoder, Layer, RMSNorm, per_layer, scaled
+from spo_jax.models.rope import rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
-from spo_jax.parallel.constraints import ROWS, constrain, platform
+from spo_jax.parallel.constraints import platform
 from spo_jax.types import Params, Segments
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32 inside."""
-
-    eps: float
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x):
-        dtype = self.execution.param_dtype
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), dtype)
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale.astype(jnp.float32)).astype(self.execution.compute_dtype)
-
-
-class _Projecting(nn.Module):
-    """What attention and MLP share: settings, and how they make a projection."""
-
-    config: DecoderConfig
-    execution: Execution
-    product: Callable[..., Any] | None = None
-
-    def project(self, x, features: int, name: str, *, bias: bool):
-        dense = nn.Dense(
-            features,
-            use_bias=bias,
-            dtype=self.execution.compute_dtype,
-            param_dtype=self.execution.param_dtype,
-            kernel_init=nn.initializers.normal(self.config.initializer_range),
-            dot_general=self.product,
-            name=name,
-        )
-        # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
-        # transposed copies.
-        return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
-
-
-class Attention(_Projecting):
-    """Grouped-query attention with rotary positions: Ainslie et al., arXiv 2305.13245."""
-
-    @nn.compact
-    def __call__(self, x, rotation, context, window, cached):
-        c = self.config
-        q = self.project(x, c.num_heads * c.head_dim, "q", bias=c.qkv_bias)
-        k = self.project(x, c.num_kv_heads * c.head_dim, "k", bias=c.qkv_bias)
-        v = self.project(x, c.num_kv_heads * c.head_dim, "v", bias=c.qkv_bias)
-        q, k, v = (t.reshape(*x.shape[:2], -1, c.head_dim) for t in (q, k, v))
-        if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, self.execution, name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, self.execution, name="k_norm")(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out, kept = context.attend(q, k, v, window, cached)
-        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
-        return self.project(out, c.hidden_size, "o", bias=c.o_bias), kept
-
-
-class MLP(_Projecting):
-    """``down(silu(gate(x)) * up(x))``: Shazeer, arXiv 2002.05202."""
-
-    @nn.compact
-    def __call__(self, x):
-        c = self.config
-        gate = self.project(x, c.intermediate_size, "gate", bias=c.mlp_bias)
-        up = self.project(x, c.intermediate_size, "up", bias=c.mlp_bias)
-        return self.project(nn.silu(gate) * up, c.hidden_size, "down", bias=c.mlp_bias)
-
-
-class Layer(nn.Module):
-    """Attention and MLP, each on a normed input and added to the residual stream."""
-
-    config: DecoderConfig
-    execution: Execution
-    product: Callable[..., Any] | None = None
-
-    @nn.compact
-    def __call__(self, x, window, cached, rotation, context):
-        c, e, p = self.config, self.execution, self.product
-        window = c.shared_window if window is None else window
-        normed = RMSNorm(c.rms_norm_eps, e, name="attention_norm")(x)
-        out, kept = Attention(c, e, p, name="attention")(normed, rotation, context, window, cached)
-        x += out
-        x += MLP(c, e, p, name="mlp")(RMSNorm(c.rms_norm_eps, e, name="mlp_norm")(x))
-        return constrain(x, e.mesh, ROWS, None, None), kept
-
-
-class Decoder(nn.Module):
-    """Token embedding, the layers as one scan (parameters stacked ``[L, ...]``), final norm."""
-
-    config: DecoderConfig
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, tokens, positions, context, cached=None):
-        c, e = self.config, self.execution
-        init = nn.initializers.normal(c.initializer_range)
-        embed = self.param("embed", init, (c.vocab_size, c.hidden_size), e.param_dtype)
-        if not c.tie_word_embeddings:
-            self.param("head", init, (c.hidden_size, c.vocab_size), e.param_dtype)
-
-        layer = Layer
-        if e.remat != "none":
-            # Inside a scan nothing can be merged across layers, so the barrier that
-            # prevent_cse puts there would only cost.
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[e.remat], prevent_cse=False)
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-        )(c, e, name="layers")
-        windows = None if c.layer_windows is None else jnp.asarray(c.layer_windows)
-        x = _look_up(embed, tokens, e)
-        x, kept = layers(x, windows, cached, rotation(c, positions), context)
-        return RMSNorm(c.rms_norm_eps, e, name="final_norm")(x), kept
-
-
-def _look_up(embed, tokens, execution: Execution):
-    """The rows of ``embed`` that ``tokens`` name.
-
-    On a mesh its columns stay where they are, cut over ``fsdp``: the ids of all rows on that
-    axis come to them, and what was found goes back to the rows. The table never travels.
-    """
-    mesh = execution.mesh
-    tokens = constrain(tokens, mesh, "data", None)
-    found = constrain(embed[tokens], mesh, "data", None, "fsdp")
-    return constrain(found.astype(execution.compute_dtype), mesh, ROWS, None, None)
-
 
 _MATRICES = ("kernel", "embed", "head")
 """Names of the parameters that products are taken with."""
@@ -177,10 +45,23 @@ class Model:
     config: DecoderConfig
     execution: Execution = field(default_factory=Execution)
 
+    def __post_init__(self) -> None:
+        kernel = self.execution.attention
+        if self.config.score_cap is not None and kernel not in ("auto", "blocked"):
+            raise ValueError(
+                f"attention={kernel!r} with a cap on the scores (score_cap="
+                f"{self.config.score_cap}): it knows none, use attention='auto' or 'blocked'"
+            )
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh that the parameters live on, if the model was told."""
         return self.execution.mesh
+
+    @property
+    def logit_cap(self) -> float | None:
+        """What logits are held within, ``c tanh(logit / c)``; ``None`` leaves them as they are."""
+        return self.config.logit_cap
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Draw matrices from ``N(0, initializer_range^2)``; norms are 1, biases 0."""
@@ -204,10 +85,11 @@ class Model:
         as if alone. Prompts are right-aligned, completions left-aligned; completion
         padding needs no mask, since causality hides it. Of packed rows ``segments`` say which
         prompt a completion continues. Logits of the token after a position are
-        ``hidden @ output_head(params)``.
+        ``hidden @ output_head(params)``, held within ``logit_cap`` where there is one.
         """
         P = prompt_tokens.shape[1]
         B, n, C = completion_tokens.shape
+        self._check_length(P + C)
 
         def packed(prompt, completion):
             return jnp.concatenate([prompt, completion.reshape(B, n * C)], axis=1)
@@ -296,9 +178,11 @@ class Model:
         """Logits in float32 by the parameters of ``decode_params``."""
         if not self._on_cpu:
             head = self.output_head(params)
-            return jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-        matrix = params["embed" if self.config.tie_word_embeddings else "head"]
-        return few_rows_product(hidden, matrix.T, preferred_element_type=jnp.float32)
+            logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        else:
+            matrix = params["embed" if self.config.tie_word_embeddings else "head"]
+            logits = few_rows_product(hidden, matrix.T, preferred_element_type=jnp.float32)
+        return capped(logits, self.logit_cap)
 
     def decode_step(
         self, params: Params, cache: Cache, tokens: Int[Array, "B"]
@@ -313,21 +197,31 @@ class Model:
         own = jnp.ones_like(cache.valid[:, :1])
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, own, cache.slot, axis=1)
         context = CachedAttention(valid=valid, slot=cache.slot, on_cpu=self._on_cpu)
-        rotated = rotation(c, cache.positions[:, None])
-        x = params["embed"][tokens][:, None].astype(e.compute_dtype)
+        rotated, own = rotation(c, cache.positions[:, None]), per_layer(c)
+        x = scaled(params["embed"][tokens][:, None].astype(e.compute_dtype), c)
         kept = []
         for i, cached in enumerate(zip(cache.keys, cache.values, strict=True)):
             if self._on_cpu:
                 layer, product = transpose_kernels(params["layers"][i]), few_rows_product
             else:
                 layer, product = jax.tree.map(lambda x, i=i: x[i], params["layers"]), None
-            window = None if c.layer_windows is None else int(c.layer_windows[i])
             apply = Layer(c, e, product).apply
-            x, now = apply({"params": layer}, x, window, cached, rotated, context)
+            x, now = apply({"params": layer}, x, own.of(i), cached, rotated, context)
             kept.append(now)
         keys, values = zip(*kept, strict=True)
-        x = RMSNorm(c.rms_norm_eps, e).apply({"params": params["final_norm"]}, x)
+        x = RMSNorm(c, e).apply({"params": params["final_norm"]}, x)
         return x[:, 0], Cache(keys, values, valid, cache.positions + 1, cache.slot + 1)
+
+    def _check_length(self, length: int) -> None:
+        """Raise ``ValueError`` where a text could be so long that longrope has other factors."""
+        name, most = self.config.context
+        if name != "max_position_embeddings" and length > most:
+            raise ValueError(
+                f"rows of {length} tokens reach beyond the model's {name}={most}: from there on "
+                "its longrope takes other factors (long_factor) for the whole of a text, which is "
+                "not implemented; lower max_prompt_length or max_completion_length until their "
+                f"sum is at most {most}"
+            )
 
     @property
     def _on_cpu(self) -> bool:
@@ -344,5 +238,5 @@ class Model:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: PRNGKeyArray) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="xla", mesh=None)
+    context = PrefillAttention(segment_ids=jnp.ones((1, 1), jnp.int32), kernel="blocked", mesh=None)
     return model._trunk.init(key, tokens, tokens, context)["params"]

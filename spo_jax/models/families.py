@@ -1,4 +1,4 @@
-"""Hugging Face model families: their ``config.json`` and tensor names <-> ours.
+"""Hugging Face model families: the keys of their ``config.json`` and their tensors' names.
 
 To add a family, add an entry to ``FAMILIES``: the defaults its configuration class
 fills in for absent keys, and a function from its keys to what sets it apart. A family
@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from spo_jax.models.architecture import DecoderConfig
-from spo_jax.models.config_keys import check_config_keys, check_is_language_model, shown_value
-from spo_jax.models.names import LLAMA_NAMES, TensorName
-from spo_jax.models.positions import positions_to_hf, read_positions
+from spo_jax.models.config_keys import check_is_language_model, shown_value
+from spo_jax.models.names import LLAMA_NAMES, OUT_NORM_NAMES, PHI3_NAMES, TensorName
+from spo_jax.models.positions import USUAL
 
 HFConfig: TypeAlias = Mapping[str, Any]
 """The content of a ``config.json``."""
@@ -22,12 +21,18 @@ HFConfig: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``."""
+    """One ``model_type``: its keys with ``defaults`` of absent ones, read by ``traits``.
+
+    ``names`` are those of its tensors, ``positions`` the kinds of rotary positions it may have,
+    ``activation`` the one that its MLP may have.
+    """
 
     architecture: str
     defaults: HFConfig
     traits: Callable[[HFConfig], dict[str, Any]]
     names: Mapping[str, TensorName] = field(default_factory=lambda: LLAMA_NAMES)
+    positions: tuple[str, ...] = USUAL
+    activation: str = "silu"
 
 
 def _llama_traits(hf: HFConfig) -> dict[str, Any]:
@@ -61,6 +66,12 @@ def _qwen3_traits(hf: HFConfig) -> dict[str, Any]:
 
 def _qwen_windows(hf: HFConfig) -> dict[str, Any]:
     """The first ``max_window_layers`` layers attend fully, unless ``layer_types`` rules."""
+    layers = range(hf["num_hidden_layers"])
+    return _switched_windows(hf, tuple(i >= hf["max_window_layers"] for i in layers))
+
+
+def _switched_windows(hf: HFConfig, sliding: tuple[bool, ...]) -> dict[str, Any]:
+    """Windows where ``use_sliding_window`` is on: by ``layer_types``, else in ``sliding``."""
     if not hf["use_sliding_window"] or hf["sliding_window"] is None:
         if "sliding_attention" in (hf.get("layer_types") or ()):
             raise ValueError(
@@ -68,15 +79,100 @@ def _qwen_windows(hf: HFConfig) -> dict[str, Any]:
                 "off: set use_sliding_window and sliding_window, or drop layer_types"
             )
         return {}
-    layers = hf["num_hidden_layers"]
-    types = hf.get("layer_types") or [
-        "sliding_attention" if i >= hf["max_window_layers"] else "full_attention"
-        for i in range(layers)
-    ]
-    sliding = tuple(kind == "sliding_attention" for kind in types)
+    if hf.get("layer_types"):
+        sliding = tuple(kind == "sliding_attention" for kind in hf["layer_types"])
     return (
         {"sliding_window": hf["sliding_window"], "sliding_layers": sliding} if any(sliding) else {}
     )
+
+
+def _smollm3_traits(hf: HFConfig) -> dict[str, Any]:
+    """Positions in all layers but each ``no_rope_layer_interval``-th, or as the list says."""
+    bias, count = hf["attention_bias"], hf["num_hidden_layers"]
+    listed = hf["no_rope_layers"]
+    if listed is not None and len(listed) != count:
+        raise ValueError(
+            f"config.json: no_rope_layers has {len(listed)} entries for "
+            f"num_hidden_layers={count}: give one a layer, 0 where it has no positions"
+        )
+    turns = tuple(
+        bool(listed[i]) if listed else (i + 1) % hf["no_rope_layer_interval"] != 0
+        for i in range(count)
+    )
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": hf["mlp_bias"],
+        "rope_layers": None if all(turns) else turns,
+        **_switched_windows(hf, tuple(not on for on in turns)),
+    }
+
+
+def _phi3_traits(hf: HFConfig) -> dict[str, Any]:
+    return {"sliding_window": hf["sliding_window"]}
+
+
+def _olmo2_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = hf["attention_bias"]
+    return {"qkv_bias": bias, "o_bias": bias, "norms": "post", "full_qk_norm": True}
+
+
+def _gemma2_traits(hf: HFConfig) -> dict[str, Any]:
+    """Every second layer has a window, unless ``layer_types`` rules."""
+    alternating = tuple(i % 2 == 0 for i in range(hf["num_hidden_layers"]))
+    return {
+        **_gemma_traits(hf),
+        **_typed_windows(hf, alternating),
+        "score_cap": _number(hf["attn_logit_softcapping"]),
+    }
+
+
+def _gemma3_traits(hf: HFConfig) -> dict[str, Any]:
+    """Each ``sliding_window_pattern``-th layer has no window, unless ``layer_types`` rules."""
+    if hf["attn_logit_softcapping"] is not None:
+        raise ValueError(
+            f"config.json: attn_logit_softcapping={hf['attn_logit_softcapping']}: transformers "
+            "leaves it out of a gemma3_text model; set it to null, or model_type to gemma2"
+        )
+    pattern, layers = hf["sliding_window_pattern"], range(hf["num_hidden_layers"])
+    return {
+        **_gemma_traits(hf),
+        **_typed_windows(hf, tuple((i + 1) % pattern != 0 for i in layers)),
+        "qk_norm": True,
+    }
+
+
+def _gemma_traits(hf: HFConfig) -> dict[str, Any]:
+    bias = hf["attention_bias"]
+    width = hf["query_pre_attn_scalar"]
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "norms": "both",
+        "unit_norms": True,
+        "scaled_embeddings": True,
+        "score_width": None if width == hf["head_dim"] else float(width),
+        "logit_cap": _number(hf["final_logit_softcapping"]),
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _typed_windows(hf: HFConfig, sliding: tuple[bool, ...]) -> dict[str, Any]:
+    """Windows by ``layer_types``, else in ``sliding``."""
+    if hf["layer_types"]:
+        sliding = tuple(kind == "sliding_attention" for kind in hf["layer_types"])
+    if not any(sliding):
+        return {}
+    if hf["sliding_window"] is None:
+        raise ValueError(
+            "config.json: sliding_window is null, and layers "
+            f"{', '.join(str(i) for i, on in enumerate(sliding) if on)} have a window: set it, or "
+            "layer_types to full_attention for each"
+        )
+    return {"sliding_window": hf["sliding_window"], "sliding_layers": sliding}
 
 
 _COMMON = {
@@ -97,6 +193,18 @@ _QWEN = {
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA = {
+    **_COMMON,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
     "layer_types": None,
 }
 
@@ -120,6 +228,76 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "Qwen3ForCausalLM", {**_QWEN, "head_dim": 128, "attention_bias": False}, _qwen3_traits
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        _smollm3_traits,
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+        },
+        _olmo2_traits,
+        OUT_NORM_NAMES,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+        },
+        _phi3_traits,
+        PHI3_NAMES,
+        positions=("default", "longrope"),
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        _gemma2_traits,
+        OUT_NORM_NAMES,
+        activation="gelu_pytorch_tanh",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+        },
+        _gemma3_traits,
+        OUT_NORM_NAMES,
+        activation="gelu_pytorch_tanh",
+    ),
 }
 
 
@@ -133,113 +311,3 @@ def family_of(hf_config: HFConfig, where: str = "config.json") -> Family:
             f"use one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
-
-
-def decoder_config_from_hf(hf_config: HFConfig, where: str = "config.json") -> DecoderConfig:
-    """Translate the content of a ``config.json``; what we do not implement is an error.
-
-    So is a key that we do not know (``config_keys``), and what contradicts itself. ``where`` is
-    what errors call the content. Dropout is left aside: it is off here.
-    """
-    family = family_of(hf_config, where)
-    _refuse_unimplemented(hf_config, family)
-    check_config_keys(
-        hf_config, defaults=family.defaults, architecture=family.architecture, where=where
-    )
-    hf = {**family.defaults, **hf_config}
-    rope_theta, rope_scaling = read_positions(hf_config, hf["max_position_embeddings"])
-    num_heads = hf["num_attention_heads"]
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=hf["num_key_value_heads"] or num_heads,
-        head_dim=hf["head_dim"] or hf["hidden_size"] // num_heads,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        rms_norm_eps=float(hf["rms_norm_eps"]),
-        max_position_embeddings=hf["max_position_embeddings"],
-        tie_word_embeddings=hf["tie_word_embeddings"],
-        initializer_range=float(hf["initializer_range"]),
-        **family.traits(hf),
-    )
-
-
-def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, Any]:
-    """Write a ``config.json`` for a decoder that has none, as one of the known families.
-
-    Raises ``ValueError`` when that family cannot express the decoder.
-    """
-    family = family_of({"model_type": model_type})
-    sliding = config.sliding_window is not None
-    types = [
-        "sliding_attention" if on else "full_attention"
-        for on in config.sliding_layers or (sliding,) * config.num_layers
-    ]
-    hf: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": positions_to_hf(config.rope_scaling),
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.initializer_range,
-    }
-    traits = {
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "use_sliding_window": sliding,
-        "sliding_window": config.sliding_window,
-        "layer_types": types,
-    }
-    hf |= {key: value for key, value in traits.items() if key in family.defaults}
-    read_back = decoder_config_from_hf(hf)
-    differing = [name for name, value in vars(config).items() if getattr(read_back, name) != value]
-    if differing:
-        raise ValueError(
-            f"model_type={model_type!r} cannot express {', '.join(differing)}: "
-            f"choose another of {', '.join(FAMILIES)}"
-        )
-    return hf
-
-
-def _refuse_unimplemented(hf: HFConfig, family: Family) -> None:
-    refused = []
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        refused.append(f"hidden_act={shown_value(hf['hidden_act'])} (only 'silu')")
-    if hf.get("quantization_config"):
-        refused.append("quantization_config (export the model in a float dtype first)")
-    if hf.get("partial_rotary_factor") not in (None, 1.0):
-        refused.append(f"partial_rotary_factor={hf['partial_rotary_factor']!r} (only 1.0)")
-    if hf.get("auto_map"):
-        refused.append(
-            f"auto_map={shown_value(hf['auto_map'])} (code of the folder is never run; remove the "
-            f"key if the model is a plain {family.architecture})"
-        )
-    types = hf.get("layer_types") or ()
-    types = types if isinstance(types, list | tuple) else ()
-    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
-    if unknown:
-        refused.append(f"layer_types {', '.join(unknown)}")
-    mixed = "sliding_attention" in types or (types and hf.get("sliding_window"))
-    if mixed and "layer_types" not in family.defaults:
-        refused.append(f"layer_types in a {hf['model_type']} model")
-    if refused:
-        raise ValueError(f"config.json asks for what is not implemented: {'; '.join(refused)}")
-    layers = hf.get("num_hidden_layers")
-    if types and isinstance(layers, int) and len(types) != layers:
-        raise ValueError(
-            f"config.json: layer_types has {len(types)} entries for num_hidden_layers={layers}: "
-            "give one a layer"
-        )

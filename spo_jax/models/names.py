@@ -13,6 +13,9 @@ from spo_jax.types import Params
 class TensorName(NamedTuple):
     """The Hugging Face name of one of our parameters; ``{layer}`` stands for the layer index.
 
+    Parameters of one name lie in one tensor, in the order of the table, behind each other along
+    its first axis.
+
     ``transpose``: PyTorch keeps a linear layer as ``[out, in]``, we as ``[in, out]``.
     """
 
@@ -49,13 +52,39 @@ LLAMA_NAMES: dict[str, TensorName] = {
     **_linear("mlp/up", "mlp.up_proj"),
     **_linear("mlp/down", "mlp.down_proj"),
 }
-"""Our parameter paths -> tensor names; the Llama naming, which all families here follow."""
+"""Our parameter paths -> tensor names; the Llama naming, which most families follow."""
+
+OUT_NORM_NAMES: dict[str, TensorName] = {
+    **LLAMA_NAMES,
+    "layers/attention_out_norm/scale": TensorName(
+        "model.layers.{layer}.post_attention_layernorm.weight"
+    ),
+    "layers/mlp_norm/scale": TensorName("model.layers.{layer}.pre_feedforward_layernorm.weight"),
+    "layers/mlp_out_norm/scale": TensorName(
+        "model.layers.{layer}.post_feedforward_layernorm.weight"
+    ),
+}
+"""Where what comes out of attention and MLP is normed: the second norm is that of attention."""
+
+
+PHI3_NAMES: dict[str, TensorName] = {
+    **LLAMA_NAMES,
+    **_linear("attention/q", "self_attn.qkv_proj"),
+    **_linear("attention/k", "self_attn.qkv_proj"),
+    **_linear("attention/v", "self_attn.qkv_proj"),
+    **_linear("mlp/gate", "mlp.gate_up_proj"),
+    **_linear("mlp/up", "mlp.gate_up_proj"),
+}
+"""Projections of the same input in one tensor. Ours stay apart: heads are cut over devices."""
 
 
 class StoredAs(NamedTuple):
-    """How one stored tensor maps to ours: parameter path, layer if stacked, stored shape."""
+    """How one stored tensor maps to ours: its parts, the layer if stacked, the stored shape.
 
-    path: str
+    A part is the path of a parameter, and its length along the tensor's first axis.
+    """
+
+    parts: tuple[tuple[str, int], ...]
     layer: int | None
     transpose: bool
     shape: tuple[int, ...]
@@ -63,13 +92,20 @@ class StoredAs(NamedTuple):
 
 def stored_tensors(params: Params, names: Mapping[str, TensorName]) -> dict[str, StoredAs]:
     """List the tensors a tree of parameters (or of their shapes) is stored as, by their name."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        ours = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = names[ours]
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    order = {ours: place for place, ours in enumerate(names)}
+    found: dict[str, StoredAs] = {}
+    for ours in sorted(leaves, key=lambda ours: order[ours]):
+        name, leaf = names[ours], leaves[ours]
         shape = leaf.shape[1:] if name.stacked else leaf.shape
-        shape = shape[::-1] if name.transpose else shape
+        length, *rest = shape[::-1] if name.transpose else shape
         for layer in range(leaf.shape[0]) if name.stacked else (None,):
             theirs = name.template.format(layer=layer)
-            found[theirs] = StoredAs(ours, layer, name.transpose, tuple(shape))
+            before = found[theirs].parts if theirs in found else ()
+            parts = (*before, (ours, length))
+            whole = (sum(size for _, size in parts), *rest)
+            found[theirs] = StoredAs(parts, layer, name.transpose, whole)
     return found

@@ -16,8 +16,9 @@ import numpy as np
 
 from spo_jax.models.architecture import DTYPES
 from spo_jax.models.decoder import Model
-from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
+from spo_jax.models.families import HFConfig, family_of
 from spo_jax.models.folders import files_to_carry, load_hf_config
+from spo_jax.models.hf_configs import decoder_config_from_hf
 from spo_jax.models.names import StoredAs, stored_tensors
 from spo_jax.models.tensor_files import check_values, write_file
 from spo_jax.types import Params
@@ -131,7 +132,9 @@ def _write_weights(
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
-            array = _to_host(leaves[tensor.path], tensor.layer)
+            parts = [_to_host(leaves[path], tensor.layer) for path, _ in tensor.parts]
+            axis = -1 if tensor.transpose else 0
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = np.asarray(array, jnp.dtype(dtype))
             check_values(name, array, stored, "the parameters", f"dtype={dtype}")

@@ -14,8 +14,9 @@ import numpy as np
 
 from spo_jax.models.architecture import Execution
 from spo_jax.models.decoder import Model
-from spo_jax.models.families import HFConfig, decoder_config_from_hf, family_of
+from spo_jax.models.families import HFConfig, family_of
 from spo_jax.models.folders import load_hf_config
+from spo_jax.models.hf_configs import decoder_config_from_hf
 from spo_jax.models.names import StoredAs, stored_tensors
 from spo_jax.models.tensor_files import StoredTensor, check_values, read_index
 from spo_jax.types import Params
@@ -61,9 +62,12 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
     narrow = model.execution.compute_dtype == "float16"
     sources: dict[str, list[tuple[str, np.ndarray]]] = {}
     for theirs, piece in expected.items():
-        array = stored[theirs].array()
-        source = (theirs, array.T if piece.transpose else array)
-        sources.setdefault(piece.path, []).append(source)
+        array, start = stored[theirs].array(), 0
+        for ours, length in piece.parts:
+            part = array[start : start + length]
+            source = (theirs, part.T if piece.transpose else part)
+            sources.setdefault(ours, []).append(source)
+            start += length
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         ours = jax.tree_util.keystr(path, simple=True, separator="/")

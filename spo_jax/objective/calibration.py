@@ -139,7 +139,9 @@ def make_head_gradients(model: Any, *, chunk_tokens: int | None = None) -> HeadG
         rows = rows_in_flight(chunk_tokens, head.shape[1], model.mesh)
 
         def means(head):
-            found = token_logprobs(states, head, tokens, chunk_tokens=rows, mesh=model.mesh)
+            found = token_logprobs(
+                states, head, tokens, chunk_tokens=rows, mesh=model.mesh, cap=model.logit_cap
+            )
             sums = sum_by_example(jnp.where(mask, found, 0), pairs.segments)
             return weights @ sums
 

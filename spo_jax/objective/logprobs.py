@@ -213,15 +213,17 @@ def token_logprobs(
     *,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     mesh: Mesh | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B n C"]:
     """Log-prob of each token under ``softmax(hidden @ head)``, float32, in nats.
 
+    Logits are held within ``cap``, if the model has one: ``cap tanh(logit / cap)``.
     ``chunk_tokens`` bounds the rows of logits alive at once, over all devices of ``mesh``.
     Differentiable in ``hidden`` and ``head`` (any order); positions that are not scored get a
     value too, mask them.
     """
     cut = _cut(mesh, tokens.shape, head.shape[1])
-    return _token_logprobs((int(chunk_tokens), cut), hidden, head, tokens)
+    return _token_logprobs((int(chunk_tokens), cap, cut), hidden, head, tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -230,14 +232,14 @@ def _token_logprobs(how, hidden, head, tokens):
 
 
 def _token_logprobs_forward(how, hidden, head, tokens):
-    chunk_tokens, cut = how
+    chunk_tokens, cap, cut = how
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
     head = cut.head(head)
 
     def of_chunk(states, targets):
         states, targets = cut.to_logits(states), cut.to_logits(targets)
-        logits = cut.logits(states, head)
+        logits = _capped(cut.logits(states, head), cap)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         if cut.vocabulary:
             # Picked by a sum, which adds up over the parts of the vocabulary.
@@ -257,26 +259,35 @@ def _token_logprobs_forward(how, hidden, head, tokens):
     return logprobs, (hidden, head, tokens, normalizer, None)
 
 
+def _capped(logits, cap):
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _slope(logits, cap):
+    """The derivative of ``_capped`` by what it holds, where that has come to be ``logits``."""
+    return 1 if cap is None else 1 - (logits / cap) ** 2
+
+
 def _is_target(head, targets):
     return jnp.arange(head.shape[1], dtype=targets.dtype) == targets[..., None]
 
 
 def _token_logprobs_backward(how, residuals, cotangent):
     """``d logits = ct (onehot - softmax)``, a chunk at a time; the head's gradient adds up."""
-    chunk_tokens, cut = how
+    chunk_tokens, cap, cut = how
     hidden, head, tokens, normalizer, kept = residuals
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
 
     def of_chunk(logits, states, targets, log_z, ct):
-        logits = cut.logits(states, head) if logits is None else logits
+        logits = _capped(cut.logits(states, head), cap) if logits is None else logits
         probabilities = jnp.exp(logits - log_z[..., None])
         logit_gradient = ct[..., None] * (_is_target(head, targets) - probabilities)
-        logit_gradient = logit_gradient.astype(head.dtype)
+        logit_gradient = (logit_gradient * _slope(logits, cap)).astype(head.dtype)
         return cut.head_gradient(states, logit_gradient), cut.state_gradient(logit_gradient, head)
 
     if kept is not None and cut.mesh is None:
-        return *_from_kept(kept, hidden, head, tokens, normalizer, cotangent), None
+        return *_from_kept(cap, kept, hidden, head, tokens, normalizer, cotangent), None
     if kept is not None:
         pieces = (cut.to_logits(x) for x in (hidden, tokens, normalizer, cotangent))
         head_gradient, state_gradient = of_chunk(kept, *pieces)
@@ -296,7 +307,7 @@ def _token_logprobs_backward(how, residuals, cotangent):
     return _from_chunks(state_gradient, length), _whole(head_gradient, cut, head.dtype), None
 
 
-def _from_kept(kept, hidden, head, tokens, normalizer, cotangent):
+def _from_kept(cap, kept, hidden, head, tokens, normalizer, cotangent):
     """Gradients of states and head from all logits at hand, on one device: as matrices.
 
     A part of the rows at a time, so that gradients of logits never are a second array as large.
@@ -315,7 +326,7 @@ def _from_kept(kept, hidden, head, tokens, normalizer, cotangent):
             jax.lax.dynamic_slice_in_dim(x, start, rows // parts) for x in (logits, *of_rows)
         )
         gradient = ct[:, None] * (_is_target(head, targets) - jnp.exp(logits_ - log_z[:, None]))
-        gradient = gradient.astype(head.dtype)
+        gradient = (gradient * _slope(logits_, cap)).astype(head.dtype)
         found = jnp.einsum("rd,rv->dv", states, gradient, preferred_element_type=jnp.float32)
         return head_gradient + found, jnp.einsum("rv,dv->rd", gradient, head)
 
@@ -339,17 +350,18 @@ def token_spread(
     *,
     top_k: int,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B n C"], Float[Array, "B n C"]]:
     """How spread out ``p = softmax(hidden @ head)`` is at each position, float32.
 
     ``-sum p log p`` over the whole vocabulary, in nats, and the probability that the ``top_k``
-    likeliest tokens have together. ``chunk_tokens`` is as in ``token_logprobs``.
+    likeliest tokens have together. ``chunk_tokens`` and ``cap`` are as in ``token_logprobs``.
     """
     batch, branches, length, _ = hidden.shape
     chunk = _chunk_length(batch, branches, length, chunk_tokens)
 
     def body(_, states):
-        logprobs = jax.nn.log_softmax(_Cut().logits(states, head), axis=-1)
+        logprobs = jax.nn.log_softmax(_capped(_Cut().logits(states, head), cap), axis=-1)
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         likeliest, _ = jax.lax.top_k(logprobs, top_k)
         return None, (entropy, jnp.sum(jnp.exp(likeliest), axis=-1))

@@ -83,7 +83,9 @@ def make_logprobs_fn(model: Any, *, chunk_tokens: int | None = None) -> Logprobs
         states, head = states_and_head(model, params, batch)
         tokens = batch.completion_tokens
         rows = rows_in_flight(chunk_tokens, head.shape[1], model.mesh)
-        return token_logprobs(states, head, tokens, chunk_tokens=rows, mesh=model.mesh)
+        return token_logprobs(
+            states, head, tokens, chunk_tokens=rows, mesh=model.mesh, cap=model.logit_cap
+        )
 
     return logprobs
 

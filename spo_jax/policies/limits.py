@@ -53,12 +53,13 @@ def _check_ids(rows: TokenizedRows, config: DecoderConfig, tokenizer: Any, label
 
 def _check_lengths(rows: TokenizedRows, config: DecoderConfig, label: str) -> None:
     lengths = rows.prompt_lengths + rows.completion_lengths.max(axis=1)
-    longer = np.flatnonzero(lengths > config.max_position_embeddings)
+    name, most = config.context
+    longer = np.flatnonzero(lengths > most)
     if longer.size:
         at = int(lengths.argmax())
         raise ValueError(
             f"{label}: {longer.size} of {len(rows)} rows are longer than the model's "
-            f"max_position_embeddings={config.max_position_embeddings}, the longest with "
+            f"{name}={most}, the longest with "
             f"{rows.prompt_lengths[at]} tokens of prompt and "
             f"{rows.completion_lengths[at].max()} of completion: lower max_prompt_length or "
             "max_completion_length until their sum fits"
@@ -78,11 +79,12 @@ def check_prompts(ids: Sequence[Sequence[int]], config: DecoderConfig, tokenizer
             f"{len(outside)} of {len(ids)} prompts hold {_beyond(max(outside), config, tokenizer)}"
         )
     longest = max(map(len, ids), default=0)
-    if longest >= config.max_position_embeddings:
+    name, most = config.context
+    if longest >= most:
         raise ValueError(
             f"the longest of {len(ids)} prompts has {longest} tokens, and the model "
-            f"max_position_embeddings={config.max_position_embeddings}: there is no room for an "
-            f"output; lower max_prompt_length to {config.max_position_embeddings - 1} or less"
+            f"{name}={most}: there is no room for an "
+            f"output; lower max_prompt_length to {most - 1} or less"
         )
 
 
@@ -112,11 +114,12 @@ def check_texts(
 
 def warn_of_long_outputs(longest_prompt: int, new: int, config: DecoderConfig) -> None:
     """Say so where outputs can run past the model's positions."""
-    room = config.max_position_embeddings - longest_prompt
+    name, most = config.context
+    room = most - longest_prompt
     if new > room:
         say(
             f"WARNING max_new_tokens={new} behind prompts of up to {longest_prompt} tokens goes "
-            f"beyond the model's max_position_embeddings={config.max_position_embeddings}: "
+            f"beyond the model's {name}={most}: "
             f"outputs of more than {room} tokens are not what the model was trained for"
         )
 

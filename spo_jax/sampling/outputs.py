@@ -325,7 +325,7 @@ def generate_outputs(
 
 
 def _prompt_room(policy: Policy, new: int, most: int | None) -> int:
-    context = policy.model.config.max_position_embeddings
+    _, context = policy.model.config.context
     room = context - new
     if room < 1 or (most is not None and not 1 <= most <= room):
         asked = "" if most is None else f" and max_prompt_length={most}"

@@ -8,6 +8,7 @@ import pytest
 from spo_jax.models.attention import BranchAttention, Layout, in_blocks, split_branches
 from spo_jax.models.blocked import BLOCK, MOST_BLOCKS, _blocks
 from tests.hlo import largest_array_elements
+from tests.models.test_splash import mesh_of
 
 
 def problem(prompt, branches, completion, dtype=jnp.float32):
@@ -129,3 +130,5 @@ def test_where_it_is_taken():
     assert in_blocks("auto", None)  # tests run on a CPU
     assert in_blocks("blocked", None)
     assert not in_blocks("xla", None)
+    assert in_blocks("auto", mesh_of("gpu"), 50.0)  # no other has a cap on the scores
+    assert not in_blocks("auto", mesh_of("gpu"))

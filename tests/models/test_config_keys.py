@@ -8,7 +8,7 @@ import json
 import pytest
 
 from spo_jax.models import FAMILIES, decoder_config_from_hf, load_hf_config
-from spo_jax.models.config_keys import KINDS, unused_settings
+from spo_jax.models.config_keys import KINDS, REQUIRED, unused_settings
 from tests.models.tiny_models import HF_CONFIGS
 
 LLAMA3 = HF_CONFIGS["llama"]["rope_scaling"]
@@ -41,9 +41,13 @@ def test_absent_keys_are_what_transformers_takes(model_type):
     ours = decoder_config_from_hf({"model_type": model_type, **shape, "head_dim": 2})
     assert ours.num_kv_heads == config.num_key_value_heads
     assert ours.rms_norm_eps == config.rms_norm_eps
-    assert ours.rope_theta == config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    if "sliding_attention" in rope:
+        assert ours.sliding_rope_theta == rope["sliding_attention"]["rope_theta"]
     assert ours.max_position_embeddings == config.max_position_embeddings
-    assert ours.shared_window == (config.sliding_window if model_type == "mistral" else None)
+    windowed = model_type in ("mistral", "gemma2", "gemma3_text")
+    assert ours.shared_window == (config.sliding_window if windowed else None)
     assert ours.tie_word_embeddings == config.tie_word_embeddings
 
 
@@ -70,6 +74,17 @@ def test_what_changes_nothing_is_read_past(harmless):
     assert decoder_config_from_hf(llama | harmless) == decoder_config_from_hf(llama)
 
 
+def test_keys_of_gemma_that_say_one_thing_twice():
+    gemma = HF_CONFIGS["gemma2"]
+    twice = gemma | {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 13}
+    assert decoder_config_from_hf(twice) == decoder_config_from_hf(gemma)
+    uncapped = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    config = decoder_config_from_hf(gemma | uncapped)
+    assert (config.score_cap, config.logit_cap) == (None, None)
+    all_full = decoder_config_from_hf(gemma | {"layer_types": ["full_attention"] * 3})
+    assert all_full.sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -90,6 +105,14 @@ def test_what_changes_nothing_is_read_past(harmless):
         ("mistral", {"attention_bias": True}, "attention_bias=True"),
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False.*disagree"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("gemma2", {"hidden_act": "gelu"}, "hidden_act='gelu' .only 'gelu_pytorch_tanh'"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu' .only 'gelu_py"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma2", {"sliding_window": None}, "null, and layers 0, 2 have a window"),
+        ("gemma2", {"sliding_window_size": 14}, "sliding_window_size=14"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "softcapping=0.0: expected .* above 0 or null"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("qwen2", {"attention_bias": False}, "always has biases"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM"),
         ("llama", {"architectures": ["LlamaModel"]}, "expected LlamaForCausalLM"),
@@ -113,7 +136,8 @@ def test_what_we_do_not_compute_is_refused_by_name(name, change, message):
 def test_values_of_a_wrong_type_are_refused_by_name(key, value):
     """Or they are right: a value of the kind that the key takes."""
     wanted, takes = KINDS[key]
-    takes_null = value is None and decoder_takes_null(key)
+    foreign = key not in {*FAMILIES["llama"].defaults, *REQUIRED, "model_type"}
+    takes_null = value is None and (foreign or decoder_takes_null(key))
     config = HF_CONFIGS["llama"] | {key: value}
     if takes(value) or takes_null:
         with contextlib.suppress(ValueError):  # of a shape that does not fit the others
@@ -127,7 +151,7 @@ def test_values_of_a_wrong_type_are_refused_by_name(key, value):
 def decoder_takes_null(key):
     return key in {
         "head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters", "layer_types",
-        "architectures", "sliding_window", "use_sliding_window", "max_window_layers",
+        "architectures",
     }  # fmt: skip
 
 
@@ -160,6 +184,38 @@ def test_positions_say_one_thing(rope, message):
     config = {k: v for k, v in HF_CONFIGS["llama"].items() if not k.startswith("rope_")} | rope
     with pytest.raises(ValueError, match=message):
         decoder_config_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": LINEAR}, "expected a mapping for each of full_attention and sliding_"),
+        ({"rope_parameters": {"sliding_attention": LINEAR}}, "'linear' is not .*of sliding_attent"),
+        ({"rope_parameters": {"sliding_attention": {"rope_theta": 2.0}}}, "2.0 and rope_theta=50"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 2.0}}}, "disagree"),
+        ({"rope_parameters": {"full_attention": 3}}, "expected a mapping for each"),
+        ({"rope_local_base_freq": -1.0}, "rope_local_base_freq=-1.0"),
+        ({"attn_logit_softcapping": 50.0}, "transformers leaves it out .* gemma2"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+    ],
+)
+def test_positions_of_two_kinds_of_layers_say_one_thing(change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_config_from_hf(HF_CONFIGS["gemma3"] | change)
+
+
+def test_positions_of_two_kinds_of_layers_are_read_in_both_writings():
+    old = HF_CONFIGS["gemma3"]
+    config = decoder_config_from_hf(old)
+    assert config.sliding_layers == (True, True, False)
+    assert (config.rope_theta, config.sliding_rope_theta) == (5e5, 50.0)
+    new = {key: value for key, value in old.items() if not key.startswith("rope_")}
+    full = old["rope_scaling"] | {"rope_theta": 5e5}
+    sliding = {"rope_type": "default", "rope_theta": 50.0}
+    new["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+    assert decoder_config_from_hf(new) == config
+    whole = decoder_config_from_hf(old | {"layer_types": ["full_attention"] * 3})
+    assert (whole.sliding_window, whole.sliding_rope_theta) == (None, None)
 
 
 def test_positions_said_twice_alike_are_read():

@@ -233,5 +233,18 @@ def test_settings_that_make_no_sense_are_errors():
         Execution(attention="cudnn")
     with pytest.raises(ValueError, match="not a multiple of num_kv_heads=3"):
         dataclasses.replace(CONFIG, num_kv_heads=3)
+    with pytest.raises(ValueError, match="did you mean 'post'"):
+        dataclasses.replace(CONFIG, norms="pos")
+    with pytest.raises(ValueError, match="qk_norm and full_qk_norm are both set"):
+        dataclasses.replace(CONFIG, full_qk_norm=True)
+    with pytest.raises(ValueError, match=r"score_cap=0\.0: use a number above 0"):
+        dataclasses.replace(CONFIG, score_cap=0.0)
+    capped = dataclasses.replace(CONFIG, score_cap=50.0)
+    for kernel in ("xla", "splash"):
+        with pytest.raises(ValueError, match=rf"attention='{kernel}' with a cap on the scores"):
+            Model(capped, Execution(attention=kernel))
+    Model(capped, Execution(attention="blocked"))
+    with pytest.raises(ValueError, match="sliding_rope_theta is set but sliding_layers is None"):
+        dataclasses.replace(CONFIG, sliding_rope_theta=1e4)
     with pytest.raises(ValueError, match="one a layer"):
         dataclasses.replace(CONFIG, sliding_window=2, sliding_layers=(True,))

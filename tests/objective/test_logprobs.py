@@ -25,8 +25,9 @@ def inputs(batch=3, branches=2, length=7, width=8, vocabulary=11, dtype=jnp.floa
     return hidden, head, tokens
 
 
-def plain(hidden, head, tokens):
+def plain(hidden, head, tokens, cap=None):
     logits = jnp.einsum("bncd,dv->bncv", hidden, head).astype(jnp.float32)
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
 
 
@@ -50,11 +51,31 @@ def test_equals_log_softmax_in_values_and_gradients(chunk_tokens):
         np.testing.assert_allclose(g, e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk_tokens", [12, 10_000])
-def test_second_derivatives(chunk_tokens):
+def test_a_cap_holds_the_logits_and_bends_their_gradient(chunk_tokens):
+    hidden, head, tokens = inputs()
+    weights = jax.random.normal(jax.random.key(9), tokens.shape)
+
+    def mine(h, w):
+        found = token_logprobs(h, w, tokens, chunk_tokens=chunk_tokens, cap=1.5)
+        return jnp.sum(weights * found)
+
+    def expected(h, w):
+        return jnp.sum(weights * plain(h, w, tokens, cap=1.5))
+
+    got, wanted = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (mine, expected))
+    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5)
+    assert abs(float(expected(hidden, head)) - float(jnp.sum(weights * plain(*inputs())))) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("chunk_tokens", [12, 10_000])
+def test_second_derivatives(chunk_tokens, cap):
     """Unrolled solvers differentiate a gradient."""
     hidden, head, tokens = inputs()
+    how = {"chunk_tokens": chunk_tokens, "cap": cap}
 
     def norm_of_gradient(fn):
         def loss(w):
@@ -62,12 +83,9 @@ def test_second_derivatives(chunk_tokens):
 
         return lambda w: jnp.sum(jax.grad(loss)(w) ** 2)
 
-    chunked = jax.grad(norm_of_gradient(lambda *a: token_logprobs(*a, chunk_tokens=chunk_tokens)))(
-        head
-    )
-    np.testing.assert_allclose(
-        chunked, jax.grad(norm_of_gradient(plain))(head), rtol=1e-4, atol=1e-4
-    )
+    chunked = jax.grad(norm_of_gradient(lambda *a: token_logprobs(*a, **how)))(head)
+    expected = jax.grad(norm_of_gradient(lambda *a: plain(*a, cap=cap)))(head)
+    np.testing.assert_allclose(chunked, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_float32_from_bfloat16():

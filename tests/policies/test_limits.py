@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spo_jax.data import LengthBuckets, TokenizedRows
+from spo_jax.models import RopeScaling
 from spo_jax.policies.limits import (
     check_prompts,
     check_rows,
@@ -82,6 +83,15 @@ def test_rows_longer_than_the_positions_are_refused():
     )
     with pytest.raises(ValueError, match=message):
         check_rows(long, CONFIG, Names(), "data")
+
+
+def test_the_reach_of_short_factors_is_the_limit_of_longrope():
+    scaling = RopeScaling("longrope", 4.0, original_max_position_embeddings=16)
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    check_rows(FINE, config, Names(), "data")
+    long = rows([[1], [2] * 10], [([4], [5]), ([6], [7] * 7)])
+    with pytest.raises(ValueError, match=r"1 of 2 rows .* original_max_position_embeddings=16"):
+        check_rows(long, config, Names(), "data")
 
 
 def test_heldout_rows_are_looked_at():
