@@ -14,10 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spo_jax.models.architecture import REMAT_POLICIES, DecoderConfig, Execution
+from spo_jax.models.architecture import ADAPTED, REMAT_POLICIES, DecoderConfig, Execution
 from spo_jax.models.attention import (
     BranchAttention,
     CachedAttention,
@@ -27,6 +28,7 @@ from spo_jax.models.attention import (
 )
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
+from spo_jax.models.lora import LORA, merge
 from spo_jax.models.rope import rotate, rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import ROWS, constrain, platform
@@ -67,7 +69,18 @@ class _Projecting(nn.Module):
         )
         # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
         # transposed copies.
-        return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+        rows = x.reshape(-1, x.shape[-1])
+        out = dense(rows)
+        if self.has_variable("params", name + LORA):
+            # Named, so that the backward pass finds the sum saved and not both of its terms.
+            out = checkpoint_name(out + self._low_rank(rows, name), ADAPTED)
+        return out.reshape(*x.shape[:-1], features)
+
+    def _low_rank(self, rows, name: str):
+        adapter = self.get_variable("params", name + LORA)
+        dtype = self.execution.compute_dtype
+        inner = rows.astype(dtype) @ adapter["a"].astype(dtype)
+        return (inner * adapter["scale"].astype(dtype)) @ adapter["b"].astype(dtype)
 
 
 class Attention(_Projecting):
@@ -278,10 +291,11 @@ class Model:
     def decode_params(self, params: Params) -> Params:
         """Parameters for many ``decode_step``: matrices in the compute dtype, cast once.
 
-        On a CPU also a tree a layer, with matrices as ``few_rows_product`` reads them. The tied
-        embedding is one already.
+        Adapters are merged into them. On a CPU also a tree a layer, with matrices as
+        ``few_rows_product`` reads them. The tied embedding is one already.
         """
         dtype = self.execution.compute_dtype
+        params = merge(params)
         params = jax.tree.map_with_path(
             lambda path, x: x.astype(dtype) if path[-1].key in _MATRICES else x, params
         )

@@ -128,7 +128,7 @@ def _write_weights(
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
-            array = _to_host(leaves[tensor.path], tensor.layer)
+            array = to_host(leaves[tensor.path], tensor.layer)
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = np.asarray(array, jnp.dtype(dtype))
             check_values(name, array, stored, "the parameters", f"dtype={dtype}")
@@ -150,7 +150,7 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+def to_host(leaf: Any, layer: int | None) -> np.ndarray:
     """Gather one layer of a parameter; on a multi-host mesh all hosts take part."""
     if layer is not None:
         leaf = _take_layer(leaf, layer)

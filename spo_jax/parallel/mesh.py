@@ -42,6 +42,11 @@ DECODER_RULES: Rules = (
     (r"\['(q|k|v|gate|up)'\]\['kernel'\]$", P(None, "fsdp", "tensor")),
     (r"\['(o|down)'\]\['kernel'\]$", P(None, "tensor", "fsdp")),
     (r"\['(q|k|v|gate|up)'\]\['bias'\]$", P(None, "tensor")),
+    # Adapters, [L, in, rank] and [L, rank, out]: as the side of the kernel that they meet.
+    (r"\['(q|k|v|gate|up)_lora'\]\['a'\]$", P(None, "fsdp", None)),
+    (r"\['(q|k|v|gate|up)_lora'\]\['b'\]$", P(None, None, "tensor")),
+    (r"\['(o|down)_lora'\]\['a'\]$", P(None, "tensor", None)),
+    (r"\['(o|down)_lora'\]\['b'\]$", P(None, None, "fsdp")),
     (r"", P()),
 )
 """First match wins; the last rule replicates what is left (norm scales, counters)."""
