@@ -16,6 +16,7 @@ BINDING = {
     "model.param_dtype": "the checkpoint holds parameters and moments of the other dtype",
     "lora.rank": "the checkpoint holds the adapters it was started with",
     "lora.alpha": "the adapters have learnt with the other weight",
+    "lora.quantize": "the adapters have learnt on the other base",
     "lora.targets": "the checkpoint holds the adapters it was started with",
     "reference.path": "the frozen reference of the run is saved with it",
     "outer.name": "the checkpoint holds the state of the other optimizer",

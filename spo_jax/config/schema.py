@@ -74,6 +74,9 @@ class LoraConfig:
     targets: tuple[str, ...] = _key(
         ("*_proj",), "projections that get one, by name or pattern: q_proj, gate_proj, *_proj"
     )
+    quantize: Literal["nf4"] | None = _key(
+        None, "the base's projections in 4 bits (QLoRA) (default: in model.param_dtype)"
+    )
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,11 @@ def validate_lora(config: Config) -> None:
             "lora with model.init: adapters change a model that has learnt something, and this one "
             "is drawn at random. Set model.path, or lora.rank to null"
         )
+    if config.lora.quantize is not None and config.model.remat == "none":
+        raise ConfigError(
+            f"lora.quantize={config.lora.quantize} with model.remat=none: the backward pass would "
+            "keep the weights of every layer in full. Leave model.remat out"
+        )
     if config.reference.path is not None:
         raise ConfigError(
             "reference.path with lora: the reference is the policy as the stage begins, on the "

@@ -136,7 +136,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (NOT_YET, "dropout of adapters, which disable_dropout turns off there too", "lora_dropout"),
     (NOT_YET, "adapters of other matrices than projections; weights trained beside them",
      "lora_target_parameters lora_modules_to_save"),
-    (NOT_YET, "quantized weights; see model.param_dtype",
+    (NOT_YET, "quantized weights; with adapters set lora.quantize",
      "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"),
     (NOT_YET, "a reference that moves (TR-DPO): it is frozen",
      "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),

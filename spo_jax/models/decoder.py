@@ -29,6 +29,7 @@ from spo_jax.models.attention import (
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
 from spo_jax.models.lora import LORA, merge
+from spo_jax.models.nf4 import dequantize
 from spo_jax.models.rope import rotate, rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import ROWS, constrain, platform
@@ -70,11 +71,17 @@ class _Projecting(nn.Module):
         # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
         # transposed copies.
         rows = x.reshape(-1, x.shape[-1])
-        out = dense(rows)
+        stored = self.get_variable("params", name) or {}
+        out = self._four_bits(rows, stored) if "codes" in stored else dense(rows)
         if self.has_variable("params", name + LORA):
             # Named, so that the backward pass finds the sum saved and not both of its terms.
             out = checkpoint_name(out + self._low_rank(rows, name), ADAPTED)
         return out.reshape(*x.shape[:-1], features)
+
+    def _four_bits(self, rows, stored):
+        dtype = self.execution.compute_dtype
+        out = rows.astype(dtype) @ dequantize(stored).astype(dtype)
+        return out + stored["bias"].astype(dtype) if "bias" in stored else out
 
     def _low_rank(self, rows, name: str):
         adapter = self.get_variable("params", name + LORA)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from spo_jax.models.nf4 import dequantize, quantize_layers
 from spo_jax.types import Params
 
 LORA = "_lora"
@@ -41,11 +42,15 @@ _TRAINED = ("a", "b")
 
 @dataclass(frozen=True)
 class Lora:
-    """``targets`` are names of ``PROJECTIONS``, or patterns of them (``*_proj``)."""
+    """``targets`` are names of ``PROJECTIONS``, or patterns of them (``*_proj``).
+
+    ``quantize`` is what the base is stored as: ``nf4``, or ``None`` for its own dtype.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    quantize: str | None = None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ def make_adapters(base: Params, lora: Lora, key: PRNGKeyArray) -> Params:
     found: dict[str, Any] = {}
     for name, own in zip(lora.projections, jax.random.split(key, len(PROJECTIONS)), strict=False):
         block, ours = PROJECTIONS[name]
-        count, width, out = base["layers"][block][ours]["kernel"].shape
+        count, width, out = _shape(base, block, ours)
         if lora.rank > min(width, out):
             raise ValueError(
                 f"lora.rank={lora.rank}: {name} is a matrix of {width} by {out}, whose rank is at "
@@ -88,12 +93,21 @@ def make_adapters(base: Params, lora: Lora, key: PRNGKeyArray) -> Params:
     return {"layers": found}
 
 
+def as_base(params: Params, lora: Lora) -> Params:
+    """``params`` as the base of ``lora``: stored as it asks for, with the scales of its adapters.
+
+    Where that is another form, buffers of ``params`` are given up.
+    """
+    stored = params if lora.quantize is None else quantize_layers(params)
+    return add_scales(stored, lora)
+
+
 def add_scales(base: Params, lora: Lora) -> Params:
     """``base`` with what is fixed of its adapters: ``alpha / rank``, once a layer."""
     scales: dict[str, Any] = {}
     for name in lora.projections:
         block, ours = PROJECTIONS[name]
-        count = base["layers"][block][ours]["kernel"].shape[0]
+        count, _, _ = _shape(base, block, ours)
         scale = jnp.full((count,), lora.alpha / lora.rank, jnp.float32)
         scales.setdefault(block, {})[ours + LORA] = {"scale": scale}
     return join(base, {"layers": scales})
@@ -119,20 +133,41 @@ def join(base: Params | None, trained: Params) -> Params:
     return found
 
 
+def _shape(base: Params, block: str, ours: str) -> tuple[int, int, int]:
+    """Layers, inputs and outputs of a projection, however it is stored."""
+    stored = base["layers"][block][ours]
+    if "kernel" in stored:
+        return stored["kernel"].shape
+    count, half, out = stored["codes"].shape
+    return count, 2 * half, out
+
+
 def merge(params: Params) -> Params:
-    """Plain parameters of the same function: ``W + scale A B``, summed in float32."""
+    """Plain parameters of the same function: ``W + scale A B``, summed in float32.
+
+    Kernels in four bits come out in the dtype of the embedding.
+    """
+    return _merged(params, params["embed"].dtype)
+
+
+def _merged(params: Params, dtype: Any) -> Params:
     found = {}
     for name, value in params.items():
         if name.endswith(LORA):
             continue
-        if isinstance(value, Mapping):
-            value = merge(value)
+        if isinstance(value, Mapping) and "codes" in value:
+            rest = {k: v for k, v in value.items() if k not in ("codes", "scales")}
+            value = {"kernel": dequantize(value), **rest}
+        elif isinstance(value, Mapping):
+            value = _merged(value, dtype)
         adapter = params.get(name + LORA)
         if adapter is not None:
             term = jnp.einsum("lir,lro->lio", adapter["a"], adapter["b"])
             term *= adapter["scale"][:, None, None]
             kernel = value["kernel"]
-            value = {**value, "kernel": (kernel.astype(term.dtype) + term).astype(kernel.dtype)}
+            value = {**value, "kernel": kernel.astype(term.dtype) + term}
+        if isinstance(value, Mapping) and "kernel" in value:
+            value = {**value, "kernel": value["kernel"].astype(dtype)}
         found[name] = value
     return found
 

@@ -15,7 +15,7 @@ from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.checkpoints.checksums import params_fingerprint
 from spo_jax.config.parsing import config_from_tree, read_tree
 from spo_jax.config.schema import LoraConfig, ModelConfig
-from spo_jax.models import Lora, Model, add_scales, join, make_adapters, merge
+from spo_jax.models import Lora, Model, as_base, join, make_adapters, merge
 from spo_jax.models.folders import read_object
 from spo_jax.parallel.mesh import sharded_shapes, tree_shardings
 from spo_jax.parallel.processes import by_first
@@ -40,7 +40,7 @@ class AdapterRun(NamedTuple):
 def lora_of(config: LoraConfig) -> Lora:
     """The adapters that a section ``lora`` with a rank asks for."""
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    return Lora(config.rank, alpha, config.targets)
+    return Lora(config.rank, alpha, config.targets, config.quantize)
 
 
 def adapted(params: Params, config: LoraConfig, mesh: Mesh, *, seed: int) -> Params:
@@ -51,7 +51,8 @@ def adapted(params: Params, config: LoraConfig, mesh: Mesh, *, seed: int) -> Par
     make = jax.jit(
         lambda key: make_adapters(params, lora, key), out_shardings=tree_shardings(shapes, mesh)
     )
-    return join(add_scales(params, lora), make(key))
+    adapters = make(key)
+    return join(as_base(params, lora), adapters)
 
 
 def find_adapters(run: Path) -> AdapterRun | None:
@@ -114,7 +115,7 @@ def merged_params(
     """
     as_trained = dataclasses.replace(model.execution, param_dtype=run.model.param_dtype)
     own = dataclasses.replace(model, execution=as_trained)
-    base = add_scales(read_base(run.base, own), run.lora)
+    base = as_base(read_base(run.base, own), run.lora)
     check_base(run.folder, run.base, base)
     adapters = read(run, base, mesh)
     dtype = model.execution.param_dtype

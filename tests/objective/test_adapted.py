@@ -8,13 +8,17 @@ import numpy as np
 import optax
 import pytest
 
+from spo_jax import models
 from spo_jax.losses import make_preference_loss
+from spo_jax.models import split
 from spo_jax.objective.adapted import OnBase, adapted_objective
 from spo_jax.objective.levels import count, make_objective
-from spo_jax.solvers import make_penalty
+from spo_jax.solvers import SOLVERS, make_penalty, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
 from spo_jax.types import BilevelBatch
-from tests.tiny import Bigram, random_batch, tiny_logprobs
+from tests.models.test_lora import adapted
+from tests.tiny import Bigram, random_batch, tiny_logprobs, tiny_model, tiny_params
+from tests.training.test_solvers_on_models import OPTIONS
 
 MODEL = Bigram()
 BASE = MODEL.init()
@@ -56,6 +60,63 @@ def test_values_and_gradients_are_those_through_the_join(reference):
     judged = jax.jit(own.evaluate)(TRAINED, *rest, frozen)
     wanted = jax.jit(plain.evaluate)(whole, *rest, join(BASE, REFERENCE) if online else None)
     close(judged.outer, wanted.outer)
+
+
+def first_of(name):
+    """``unrolled`` differentiates a gradient; the others are left to the long part."""
+    return pytest.param(name, marks=() if name in ("penalty", "unrolled") else pytest.mark.long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [first_of(name) for name in SOLVERS])
+def test_every_solver_takes_the_steps_it_takes_where_the_base_is_compiled_in(name):
+    """Accumulated, with an online reference and rows of the inner level's own."""
+    inner_data = "chosen" if name == "preference_only" else "sft"
+    options = {"reference": "online", "micro_batches": 2, "inner_data": inner_data}
+    own = adapted_objective(lambda whole: make(whole, **options), join)
+    fixed = make(lambda trained: join(BASE, trained), **options)
+    solver = make_solver(
+        name, outer=optax.adam(0.02, eps=1e-2), inner=optax.sgd(0.1), steps=3,
+        **OPTIONS.get(name, {}),
+    )  # fmt: skip
+    found = []
+    for objective, stays in ((own, OnBase(BASE, REFERENCE)), (fixed, REFERENCE)):
+        step = make_train_step(objective, solver, schedule=optax.constant_schedule(0.02))
+        state = init_state(solver, objective, TRAINED, np.zeros(2, np.uint32))
+        step = jax.jit(step)
+        for seed in range(3):
+            sft = random_batch(branches=1, seed=seed + 3)
+            batch = BilevelBatch(random_batch(seed=seed), sft if inner_data == "sft" else None)
+            state, metrics = step(state, batch, stays)
+        found.append((state.solver, metrics))
+    close(*found)
+    assert float(jnp.abs(found[0][0].params["mix"] - TRAINED["mix"]).max()) > 1e-3
+
+
+@pytest.mark.long
+def test_an_unrolled_step_differentiates_the_gradient_of_a_decoders_adapters():
+    model = tiny_model()
+    whole = adapted(tiny_params(model), spread=0.1)
+    trained, base = split(whole)
+    logprobs, loss = tiny_logprobs(model), make_preference_loss("dpo", beta=0.5)
+
+    def bind(put):
+        return make_objective(lambda params, rows: logprobs(put(params), rows), loss)
+
+    solver = make_solver(
+        "unrolled", outer=optax.adam(0.02, eps=1e-2), inner=optax.sgd(0.1), steps=1, inner_steps=2
+    )
+    found = []
+    for objective, stays in (
+        (adapted_objective(bind, models.join), OnBase(base)),
+        (bind(lambda params: models.join(base, params)), None),
+    ):
+        step = make_train_step(objective, solver, schedule=optax.constant_schedule(0.02))
+        state = init_state(solver, objective, trained, np.zeros(2, np.uint32))
+        found.append(jax.jit(step)(state, BilevelBatch(random_batch()), stays)[0].solver.params)
+    close(*found)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found[0], trained)
+    assert min(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_the_base_is_an_argument_of_the_update_and_not_in_its_state():

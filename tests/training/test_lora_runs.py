@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
 from spo_jax.evaluation.scoring import evaluate_model
 from spo_jax.models import init_model, load_model, load_params, merge, save_pretrained, split
+from spo_jax.models.nf4 import dequantize
 from spo_jax.models.tensor_files import read_header
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.policies.loading import params_of_run
@@ -208,6 +210,9 @@ def test_what_does_not_go_with_adapters_is_named(base, tmp_path):
     assert "reference.path with lora" in said(reference={"path": "other"})
     model = {"path": None, "init": ARCHITECTURE, "tokenizer": "builtin:arithmetic"}
     assert "lora with model.init" in said(model=model)
+    assert "lora.quantize=nf4 with model.remat=none" in said(
+        lora={"quantize": "nf4"}, model={"remat": "none"}
+    )
     assert "lora.targets is empty" in said(lora={"targets": []})
     assert "lora.rank=0: expected a whole number from 1" in said(lora={"rank": 0})
     tree = tree_of(base, tmp_path)
@@ -215,3 +220,33 @@ def test_what_does_not_go_with_adapters_is_named(base, tmp_path):
     with pytest.raises(ConfigError, match=r"lora would be ignored: lora\.rank is not set"):
         checked_config(tree)
     assert checked_config(tree | {"lora": {"rank": None, "alpha": 4.0}}).lora.rank is None
+
+
+@pytest.mark.long
+def test_a_base_in_four_bits(base, tmp_path):
+    """Trained, resumed bit for bit, exported: what was read is what was quantized before."""
+    hf = ARCHITECTURE | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    arithmetic.write_tokenizer(tmp_path / "model")
+    hf |= {"vocab_size": len(load_tokenizer(tmp_path / "model"))}
+    model = init_model(hf)
+    params = model.init(jax.random.key(0))
+    save_pretrained(tmp_path / "model", params, model, source=hf, overwrite=True)
+    arithmetic.write_tokenizer(tmp_path / "model")
+    tree = tree_of(
+        base, tmp_path / "run", model={"path": str(tmp_path / "model")}, stages=["preference"],
+        lora={"quantize": "nf4"},
+    )  # fmt: skip
+    for section in ("sft", "sft_data", "sft_optimizer"):
+        del tree[section]
+    policy = train(checked_config(tree), mesh=two())["preference"].policy
+    stored = policy.params["layers"]["attention"]["k"]
+    assert stored["codes"].dtype == jnp.uint8
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train(checked_config(tree | {"output_dir": str(tmp_path / "again")}), mesh=two(), resume=True)
+    assert same(state_of(tmp_path / "again", 4)[0], state_of(tmp_path / "run", 4)[0])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    found = load_params(tmp_path / "merged", model)["layers"]["attention"]
+    np.testing.assert_allclose(found["k"]["kernel"], dequantize(stored), atol=1e-6)  # no target
+    q = found["q"]["kernel"] - dequantize(policy.params["layers"]["attention"]["q"])
+    assert np.linalg.matrix_rank(np.asarray(q[0]), tol=1e-5) == 3
