@@ -304,6 +304,26 @@ def test_a_step_that_the_compiler_refuses_is_a_line(script):
     assert shown == "| usual online | the compiler refuses it: 20.0 of 16.00 GiB | | | | |"
 
 
+# lora.py
+
+
+@pytest.mark.slow
+def test_adapters_are_timed_beside_all_weights(script, capsys):
+    words = "--model tiny --shape 4/4 --pairs 2 --rank 2 --steps 1"
+    script("lora").main(words.split())
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("tiny, 4/4, 2 pairs, ")
+    found = [
+        re.search(r"([\d,]+) trained +(\d+) MiB \(([\d.]+)\) +(\d+) tokens/s", x) for x in lines
+    ]
+    trained, _, shares, rates = zip(*(x.groups() for x in found), strict=True)
+    assert int(trained[0].replace(",", "")) > 20 * int(trained[1].replace(",", ""))
+    assert trained[1] == trained[2]
+    whole, on_base, in_four_bits = map(float, shares)
+    assert whole == 1 > on_base > in_four_bits
+    assert min(map(int, rates)) > 0
+
+
 # generation.py
 
 

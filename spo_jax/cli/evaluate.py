@@ -25,6 +25,11 @@ def add_commands(commands: Any) -> None:
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as trained)"
     )
+    export.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with lora: its adapters, as peft loads them",
+    )
     export.set_defaults(command_function=_export)
 
     evaluate = commands.add_parser(
@@ -62,9 +67,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from spo_jax.training.export import export_run
+    from spo_jax.training.export import export_adapters, export_run
 
-    print(export_run(options.run, options.out, step=options.step, dtype=options.dtype))
+    export = export_adapters if options.adapter else export_run
+    print(export(options.run, options.out, step=options.step, dtype=options.dtype))
     return 0
 
 

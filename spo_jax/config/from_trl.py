@@ -110,6 +110,7 @@ class _Run(Settings):
             **self._trackers(),
             "seed": self.whole("seed", 42),
             "model": self._model(),
+            **self._lora(),
             "data": self._data(),
             **found.sections,
             "outer": self._outer(),
@@ -153,6 +154,27 @@ class _Run(Settings):
             again = self.flag("gradient_checkpointing", True)
         remat = "full" if again else "none"
         return {"path": path, "param_dtype": dtype, "compute_dtype": compute, "remat": remat}
+
+    def _lora(self) -> dict[str, Any]:
+        if not self.flag("use_peft", False):
+            return {}
+        if self.flag("use_dora", False):
+            raise ConfigError("use_dora=True: adapters have no magnitudes here. Leave it out")
+        rank, alpha = self.whole("lora_r", 16), self.number("lora_alpha", 32)
+        if self.flag("use_rslora", False):
+            alpha *= rank**0.5
+        asked = self.take("lora_target_modules", ["q_proj", "v_proj"])
+        targets = [
+            "*_proj" if name == "all-linear" else str(name).rpartition(".")[2]
+            for name in ([asked] if isinstance(asked, str) else asked)
+        ]
+        odd = [name for name in targets if name != "*_proj" and not name.isidentifier()]
+        if odd:
+            raise ConfigError(
+                f"lora_target_modules={asked!r}: {odd[0]!r} is a regular expression; name the "
+                "projections, or all-linear"
+            )
+        return {"lora": {"rank": rank, "alpha": float(alpha), "targets": targets}}
 
     def _data(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from spo_jax.config.schema import (
     Config,
     DataConfig,
     LoopConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -45,6 +46,7 @@ _ROWS: Mapping[str, Range] = {
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
     ModelConfig: {"logprob_chunk": _COUNT},
+    LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE},
     DataConfig: _ROWS,
     PreferenceDataConfig: {**_ROWS, "drop_displacing": _SHARE},
     ObjectiveConfig: {

@@ -66,6 +66,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: with a rank they alone are trained, on the model as it is."""
+
+    rank: int | None = _key(None, "of the adapters (default: none, all weights are trained)")
+    alpha: float | None = _key(None, "their term counts alpha / rank (default: twice the rank)")
+    targets: tuple[str, ...] = _key(
+        ("*_proj",), "projections that get one, by name or pattern: q_proj, gate_proj, *_proj"
+    )
+    quantize: Literal["nf4"] | None = _key(
+        None, "the base's projections in 4 bits (QLoRA) (default: in model.param_dtype)"
+    )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """A data set of rows and how it is cut to length."""
 
@@ -294,6 +308,7 @@ class Config:
         "sft, preference, baseline (preference again, solver preference_only), in this order",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     sft_data: DataConfig = field(default_factory=DataConfig)
     loss: Named = field(default_factory=lambda: Named("dpo", {"beta": 0.1}))

@@ -236,6 +236,32 @@ def validate_model(config: Config) -> None:
         raise ConfigError("model.init has no tokenizer of its own: set model.tokenizer")
 
 
+def validate_lora(config: Config) -> None:
+    """The section ``lora``, and what does not go with adapters yet."""
+    if not config.lora.targets:
+        raise ConfigError("lora.targets is empty: name projections, such as q_proj, or '*_proj'")
+    if config.model.init is not None:
+        raise ConfigError(
+            "lora with model.init: adapters change a model that has learnt something, and this one "
+            "is drawn at random. Set model.path, or lora.rank to null"
+        )
+    if config.lora.quantize is not None and config.model.remat == "none":
+        raise ConfigError(
+            f"lora.quantize={config.lora.quantize} with model.remat=none: the backward pass would "
+            "keep the weights of every layer in full. Leave model.remat out"
+        )
+    if config.reference.path is not None:
+        raise ConfigError(
+            "reference.path with lora: the reference is the policy as the stage begins, on the "
+            "same base, so that there is no second model. Leave it out, or set lora.rank to null"
+        )
+    if config.dynamics.every is not None:
+        raise ConfigError(
+            "dynamics.every with lora: probes look at the gradients of all weights. Set one of "
+            "dynamics.every and lora.rank to null"
+        )
+
+
 def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataConfig) -> None:
     """The loop and the data of a stage, under the names of their sections."""
     if (loop.steps is None) == (loop.epochs is None):

@@ -94,6 +94,12 @@ _KEYS = {
     "alpha": "loss alphapo where it is not 0, beside simpo",
     "desirable_weight": "loss.desirable_weight",
     "undesirable_weight": "loss.undesirable_weight",
+    "use_peft": "whether there is a section lora",
+    "lora_r": "lora.rank (16)",
+    "lora_alpha": "lora.alpha (32)",
+    "lora_target_modules": "lora.targets (q_proj, v_proj); all-linear is *_proj",
+    "use_rslora": "lora.alpha = lora_alpha x sqrt(lora_r)",
+    "use_dora": "refused",
     "f_divergence_type": "reverse_kl is what all losses here have; others are refused",
 }
 
@@ -126,10 +132,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (ALWAYS, "decoders only", "is_encoder_decoder"),
     (ALWAYS, "each update a line in metrics.jsonl, written by one process",
      "logging_strategy logging_first_step log_on_each_node save_on_each_node"),
-    (NOT_YET, "LoRA: all weights are trained",
-     "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters "
-     "lora_modules_to_save lora_task_type use_rslora use_dora"),
-    (NOT_YET, "quantized weights; see model.param_dtype",
+    (ALWAYS, "decoders have the task CAUSAL_LM", "lora_task_type"),
+    (NOT_YET, "dropout of adapters, which disable_dropout turns off there too", "lora_dropout"),
+    (NOT_YET, "adapters of other matrices than projections; weights trained beside them",
+     "lora_target_parameters lora_modules_to_save"),
+    (NOT_YET, "quantized weights; with adapters set lora.quantize",
      "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"),
     (NOT_YET, "a reference that moves (TR-DPO): it is frozen",
      "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),

@@ -24,6 +24,7 @@ from spo_jax.config.schema import BUILTIN_TASK, Config, Named
 from spo_jax.config.sections import (
     validate_answers,
     validate_dynamics,
+    validate_lora,
     validate_model,
     validate_objective,
     validate_optimizer,
@@ -86,6 +87,8 @@ def unused_sections(config: Config) -> dict[str, str]:
         unused["dynamics"] = "dynamics.every is not set, so nothing is probed"
     if not config.texts.data:
         unused["texts"] = "texts.data names no file, so nothing is measured"
+    if config.lora.rank is None:
+        unused["lora"] = "lora.rank is not set, so all weights are trained"
     builtin = (config.data.train, config.sft_data.train, config.answers.data)
     if BUILTIN_TASK not in builtin:
         unused["task"] = f"no data set is {BUILTIN_TASK}"
@@ -121,16 +124,24 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         raise ConfigError("stages is empty: name at least one of sft, preference, baseline")
     if len(set(config.stages)) != len(config.stages):
         raise ConfigError(f"stages={list(config.stages)}: a stage is named twice")
-    # `every: null` turns the probes of a configuration off, whatever else stands there.
-    off = "every" in (given.get("dynamics") or {}) and config.dynamics.every is None
+    # `every: null` turns the probes of a configuration off, whatever else stands there; so does
+    # `rank: null` its adapters.
+    switches = {"dynamics": "every", "lora": "rank"}
+    off = {
+        name
+        for name, key in switches.items()
+        if key in (given.get(name) or {}) and getattr(getattr(config, name), key) is None
+    }
     for section, reason in unused_sections(config).items():
-        if section in given and not (section == "dynamics" and off):
+        if section in given and section not in off:
             raise ConfigError(f"{section} would be ignored: {reason}. Remove it")
 
     _validate_date(config)
     validate_ranges(config)
     validate_objective(config, given)
     validate_model(config)
+    if "lora" not in unused_sections(config):
+        validate_lora(config)
     stages = set(config.stages)
     if stages & {"preference", "baseline"}:
         validate_stage("train", config.train, "data", config.data)

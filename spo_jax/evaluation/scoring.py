@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spo_jax.checkpoints import load_reference
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import DataConfig
 from spo_jax.data import eval_batches, find_layout, load_records
@@ -27,7 +26,14 @@ from spo_jax.evaluation.heldout import (
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.parallel.mesh import batch_shards, make_mesh, place_batch
 from spo_jax.policies.limits import check_rows
-from spo_jax.policies.loading import Policy, as_trained, date_of_run, find_run, load_policy
+from spo_jax.policies.loading import (
+    Policy,
+    as_trained,
+    date_of_run,
+    find_run,
+    load_policy,
+    reference_of_run,
+)
 from spo_jax.policies.rows import packed_for, prepare_rows, read_rows, round_up
 from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
@@ -156,7 +162,7 @@ def evaluate_model(
                 frozen_fn = make_logprobs_fn(frozen_policy.model)
                 frozen = row_logprobs(frozen_fn, frozen_policy.params, batches, place)
             elif run is not None and (run / "reference").exists():
-                params = load_reference(run, policy.params)
+                params = reference_of_run(run, policy.model, mesh)
                 frozen = row_logprobs(logprobs, params, batches, place)
             if kind == "unpaired":
                 result |= unpaired_summary(found, frozen, rows.train.desirable)

@@ -15,15 +15,23 @@ from jax.sharding import Mesh
 
 from spo_jax.models.attention import ATTENDED, KERNELS, NO_WINDOW
 
+ADAPTED = "adapted"
+"""What rematerialization calls a projection with its adapter's term added."""
+
+
+def _and_names(policy: Any, *names: str) -> Any:
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_from_both_policies(policy, named)
+
+
+_NO_BATCH = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
-    "elementwise": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "elementwise": _and_names(_NO_BATCH, ATTENDED, ADAPTED),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _and_names(jax.checkpoint_policies.dots_saveable, ADAPTED),
+    "dots_no_batch": _and_names(_NO_BATCH, ADAPTED),
 }
 """What the backward pass of a layer finds saved; ``none`` is no rematerialization at all.
 

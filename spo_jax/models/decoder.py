@@ -25,6 +25,7 @@ from spo_jax.models.blocked import capped
 from spo_jax.models.cache import Cache, empty_cache
 from spo_jax.models.few_rows import few_rows_product, layer_by_layer, transpose_kernels
 from spo_jax.models.layers import Decoder, Layer, RMSNorm, per_layer, scaled
+from spo_jax.models.lora import merge
 from spo_jax.models.rope import rotation
 from spo_jax.models.token_positions import ids_and_positions, positions_from_mask
 from spo_jax.parallel.constraints import platform
@@ -160,10 +161,11 @@ class Model:
     def decode_params(self, params: Params) -> Params:
         """Parameters for many ``decode_step``: matrices in the compute dtype, cast once.
 
-        On a CPU also a tree a layer, with matrices as ``few_rows_product`` reads them. The tied
-        embedding is one already.
+        Adapters are merged into them. On a CPU also a tree a layer, with matrices as
+        ``few_rows_product`` reads them. The tied embedding is one already.
         """
         dtype = self.execution.compute_dtype
+        params = merge(params)
         params = jax.tree.map_with_path(
             lambda path, x: x.astype(dtype) if path[-1].key in _MATRICES else x, params
         )

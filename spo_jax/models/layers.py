@@ -12,14 +12,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spo_jax.models.architecture import (
     ACTIVATIONS,
+    ADAPTED,
     REMAT_POLICIES,
     DecoderConfig,
     Execution,
     PerLayer,
 )
+from spo_jax.models.lora import LORA
+from spo_jax.models.nf4 import dequantize
 from spo_jax.models.rope import frequency_table, own_rotation, rotate, rotation
 from spo_jax.parallel.constraints import ROWS, constrain
 
@@ -63,7 +67,24 @@ class _Projecting(nn.Module):
         )
         # As one matrix: with a batch axis, the CPU compiler computes the kernel's gradient from
         # transposed copies.
-        return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+        rows = x.reshape(-1, x.shape[-1])
+        stored = self.get_variable("params", name) or {}
+        out = self._four_bits(rows, stored) if "codes" in stored else dense(rows)
+        if self.has_variable("params", name + LORA):
+            # Named, so that the backward pass finds the sum saved and not both of its terms.
+            out = checkpoint_name(out + self._low_rank(rows, name), ADAPTED)
+        return out.reshape(*x.shape[:-1], features)
+
+    def _four_bits(self, rows, stored):
+        dtype = self.execution.compute_dtype
+        out = rows.astype(dtype) @ dequantize(stored).astype(dtype)
+        return out + stored["bias"].astype(dtype) if "bias" in stored else out
+
+    def _low_rank(self, rows, name: str):
+        adapter = self.get_variable("params", name + LORA)
+        dtype = self.execution.compute_dtype
+        inner = rows.astype(dtype) @ adapter["a"].astype(dtype)
+        return (inner * adapter["scale"].astype(dtype)) @ adapter["b"].astype(dtype)
 
 
 class Attention(_Projecting):

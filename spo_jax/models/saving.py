@@ -132,7 +132,7 @@ def _write_weights(
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
-            parts = [_to_host(leaves[path], tensor.layer) for path, _ in tensor.parts]
+            parts = [to_host(leaves[path], tensor.layer) for path, _ in tensor.parts]
             axis = -1 if tensor.transpose else 0
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
             with np.errstate(over="ignore", invalid="ignore"):
@@ -156,7 +156,7 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+def to_host(leaf: Any, layer: int | None) -> np.ndarray:
     """Gather one layer of a parameter; on a multi-host mesh all hosts take part."""
     if layer is not None:
         leaf = _take_layer(leaf, layer)

@@ -42,6 +42,14 @@ DECODER_RULES: Rules = (
     (r"\['(q|k|v|gate|up)'\]\['kernel'\]$", P(None, "fsdp", "tensor")),
     (r"\['(o|down)'\]\['kernel'\]$", P(None, "tensor", "fsdp")),
     (r"\['(q|k|v|gate|up)'\]\['bias'\]$", P(None, "tensor")),
+    # The same in four bits: [L, in / 2, out] and [L, in / 64, out].
+    (r"\['(q|k|v|gate|up)'\]\['(codes|scales)'\]$", P(None, "fsdp", "tensor")),
+    (r"\['(o|down)'\]\['(codes|scales)'\]$", P(None, "tensor", "fsdp")),
+    # Adapters, [L, in, rank] and [L, rank, out]: as the side of the kernel that they meet.
+    (r"\['(q|k|v|gate|up)_lora'\]\['a'\]$", P(None, "fsdp", None)),
+    (r"\['(q|k|v|gate|up)_lora'\]\['b'\]$", P(None, None, "tensor")),
+    (r"\['(o|down)_lora'\]\['a'\]$", P(None, "tensor", None)),
+    (r"\['(o|down)_lora'\]\['b'\]$", P(None, None, "fsdp")),
     (r"", P()),
 )
 """First match wins; the last rule replicates what is left (norm scales, counters)."""

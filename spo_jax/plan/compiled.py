@@ -114,8 +114,13 @@ def assemble(
     Nothing is read or allocated. Probes are left out: they run between updates.
 
     Raises:
-        ValueError: a batch that does not divide over the mesh.
+        ValueError: a batch that does not divide over the mesh; adapters.
     """
+    if config.lora.rank is not None:
+        raise ValueError(
+            "a plan does not count adapters yet: plan with --lora.rank null, which is an upper "
+            "bound of the memory"
+        )
     micro = loop_of(config, stage).gradient_accumulation
     for part in rows:
         name = {"sft": "sft.batch_size"}.get(stage, "train.batch_size")

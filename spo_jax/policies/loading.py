@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints import CheckpointReader
+from spo_jax.checkpoints import CheckpointReader, load_reference
 from spo_jax.checkpoints.atomic import replace_bytes, replace_text
 from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import BUILTIN_TASK, ModelConfig
@@ -29,6 +30,12 @@ from spo_jax.objective.levels import LogprobsFn, make_logprobs_fn
 from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes, tree_shardings
 from spo_jax.parallel.processes import by_first, say
+from spo_jax.policies.adapters import (
+    find_adapters,
+    merged_params,
+    read_adapters,
+    read_reference,
+)
 from spo_jax.policies.folder_news import (
     check_json_files,
     check_stop_ids,
@@ -141,11 +148,47 @@ def load_policy(
     if source is None:
         params = _random_params(model, mesh, seed)
     elif run:
-        like = sharded_shapes(model.abstract_params(), mesh)
-        params = CheckpointReader(Path(run)).restore_params(like)
+        params = params_of_run(Path(run), model, mesh)
     else:
         params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
     return Policy(model, params, tokenizer, work)
+
+
+def params_of_run(run: Path, model: Model, mesh: Mesh, step: int | None = None) -> Params:
+    """The policy of the stage at ``run``, at ``step`` (its newest); adapters are merged.
+
+    Raises:
+        CheckpointError: there is no such step.
+        ValueError: the base of its adapters has changed.
+    """
+    adapters = find_adapters(run)
+    if adapters is None:
+        like = sharded_shapes(model.abstract_params(), mesh)
+        return CheckpointReader(run).restore_params(like, step)
+    read = partial(read_adapters, step=step)
+    return merged_params(adapters, model, mesh, partial(_read, mesh=mesh), read)
+
+
+def reference_of_run(run: Path, model: Model, mesh: Mesh) -> Params:
+    """The frozen reference that the stage at ``run`` was trained with, adapters merged.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+        ValueError: the base of its adapters has changed.
+    """
+    adapters = find_adapters(run)
+    if adapters is None:
+        return load_reference(run, sharded_shapes(model.abstract_params(), mesh))
+    return merged_params(adapters, model, mesh, partial(_read, mesh=mesh), read_reference)
+
+
+def _read(path: str, model: Model, mesh: Mesh) -> Params:
+    """The parameters of the run, folder or hub name ``path``, as ``model`` has them."""
+    run = by_first(lambda: _text(find_run(path)))
+    if run is not None:
+        return params_of_run(Path(run), model, mesh)
+    folder = by_first(lambda: _text(resolve_model_folder(path)))
+    return load_params(folder, model, tree_shardings(model.abstract_params(), mesh))
 
 
 def _check(source: Path) -> None:

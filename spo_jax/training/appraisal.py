@@ -14,7 +14,8 @@ from spo_jax.evaluation.answers import Exam, take_exam
 from spo_jax.evaluation.heldout import make_evaluate
 from spo_jax.evaluation.texts import Texts
 from spo_jax.losses import PreferenceLoss
-from spo_jax.models import Model
+from spo_jax.models import Model, join, split
+from spo_jax.objective.adapted import OnBase
 from spo_jax.parallel.mesh import place_batch
 from spo_jax.policies.loading import Policy
 from spo_jax.policies.rows import Rows
@@ -57,25 +58,28 @@ def make_look(
     exam: Exam | None,
     texts: Texts | None,
     *,
-    reference_params: Params | None,
+    frozen: Params | OnBase | None,
     exam_every: int | None,
     folder: Path,
 ) -> Look | None:
     """``(state, finished=False, check=...) -> metrics``; None where there is nothing to look at.
 
     ``heldout`` at every look; ``exam``, which writes its answers into ``folder``, when the stage
-    has ended, and every ``exam_every`` updates; ``texts`` when it has ended. ``check()`` is
+    has ended, and every ``exam_every`` updates; ``texts`` when it has ended. ``frozen`` is what the
+    update has of the reference and the base. ``check()`` is
     called between batches and may raise.
     """
     if heldout is None and exam is None and texts is None:
         return None
+    _, base = split(start.params)
 
     def look(
         state: TrainState, *, finished: bool = False, check: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        params, found = state.solver.params, {}
+        trained, found = state.solver.params, {}
+        params = join(base, trained)
         if heldout is not None:
-            found |= heldout(params, state.objective, reference_params, check)
+            found |= heldout(trained, state.objective, frozen, check)
         step = int(state.step)
         on_the_way = exam_every is not None and step % exam_every == 0
         ended = finished or step == stage.steps

@@ -18,7 +18,7 @@ from spo_jax.data import BatchSource, TrainIterator, eval_batches, make_train_it
 from spo_jax.dynamics.probes import Probes
 from spo_jax.dynamics.row_choice import make_probe_set
 from spo_jax.losses import PreferenceLoss
-from spo_jax.models import Model
+from spo_jax.models import Model, split
 from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
 from spo_jax.parallel.processes import by_first, say
@@ -93,13 +93,14 @@ def keep_reference(
 ) -> Params | None:
     """The reference parameters: those saved in ``folder``, else reference.path, else ``start``'s.
 
-    What was not saved is saved. ``None`` where a run has no reference.
+    What was not saved is saved. ``None`` where a run has no reference; of a policy with adapters
+    its adapters.
     """
     if config.reference.mode == "none":
         return None
+    params, _ = split(start.params)
     if by_first(lambda: _has_reference(folder, resume=resume)):
-        return load_reference(folder, start.params)
-    params = start.params
+        return load_reference(folder, params)
     if config.reference.path is not None:
         section = dataclasses.replace(
             config.model, path=config.reference.path, init=None, tokenizer=None

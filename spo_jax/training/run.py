@@ -20,8 +20,10 @@ from spo_jax.dynamics.probes import probe_rhythm
 from spo_jax.evaluation.answers import Exam, check_exam, make_exam
 from spo_jax.evaluation.texts import Texts, make_texts
 from spo_jax.losses import PreferenceLoss
+from spo_jax.models import join, split
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
+from spo_jax.policies.adapters import adapted, check_base, write_base
 from spo_jax.policies.kept_format import keep_stop_ids
 from spo_jax.policies.loading import MODEL_FOLDER, Policy, load_policy
 from spo_jax.policies.rows import Rows
@@ -47,6 +49,7 @@ from spo_jax.training.stage import (
     make_stage,
     raw_key,
     state_shapes,
+    what_stays,
 )
 from spo_jax.training.starts import write_start
 from spo_jax.training.step_sizes import check_step_sizes
@@ -108,7 +111,7 @@ def train(
         check = partial(check_folders, config, stages, resume=resume, allow_changes=allow_changes)
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)
-        check_step_sizes(config, stages, start.params, begun=begun)
+        check_step_sizes(config, stages, split(start.params)[0], begun=begun)
         exam, loss = make_exam(config, start.tokenizer), bound_loss(config.loss)
         if exam is not None:
             check_exam(exam, start)
@@ -159,17 +162,23 @@ def run_stage(
     pairs = name != "sft"
 
     # Rows, and what the frozen reference says of them.
+    trained, base = split(start.params)
     rows = rows_of_stage(config, name, start, read, resume=resume)
     reference = keep_reference(config, folder, start, mesh, resume=resume) if pairs else None
-    frozen = frozen_logprobs(config, start.model, reference, rows, mesh) if pairs else Frozen()
+    frozen = Frozen()
+    if pairs:
+        frozen = frozen_logprobs(
+            config, start.model, reference and join(base, reference), rows, mesh
+        )
     online = reference if config.reference.mode == "online" else None
+    stays = what_stays(base, online)
     del reference  # what is computed ahead needs no second model in memory from here on
     batches = make_batches(config, name, rows, frozen, mesh)
 
     # Objective, solver and optimizer: the update.
     steps = number_of_steps(loop_of(config, name), rows.own)
     stage = make_stage(config, name, start.model, loss, mesh, steps=steps)
-    update = compile_update(stage, start.params, mesh, online)
+    update = compile_update(stage, trained, mesh, stays)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
     look = make_look(
         stage,
@@ -177,7 +186,7 @@ def run_stage(
         heldout,
         exam,
         texts,
-        reference_params=online,
+        frozen=stays,
         exam_every=config.answers.every if pairs else None,
         folder=folder,
     )
@@ -188,15 +197,19 @@ def run_stage(
     alarm = DisplacementAlarm(loop.alarm_log_ratio) if pairs else None
     donate = not keep_start and online is None
     if resume and checkpoints.latest_step() is not None:
-        like = state_shapes(stage, start.params, mesh)
+        like = state_shapes(stage, trained, mesh)
+        if base is not None:
+            check_base(folder, config.model.path, base)
         if donate:
             # A model that leaves no room for a second one must be able to go on.
-            jax.tree.map(lambda x: x.delete(), start.params)
+            jax.tree.map(lambda x: x.delete(), trained)
         state, counters = go_on(
             config, stage, checkpoints, like, batches, alarm, allow_changes=allow_changes
         )
     else:
         state, counters = first_state(config, stage, start, mesh, donate=donate), Counters()
+        if base is not None:
+            write_base(folder, config.model.path, base)
     by_first(lambda: describe_run(config, name, folder, start.folder))
     by_first(lambda: write_inputs(config, name, folder))
     by_first(lambda: write_start(folder, int(state.step)))
@@ -248,13 +261,17 @@ def run_stage(
         log = str(folder / SKIPPED_FILE)
         check_learnt(name, steps, skipped=counters.skipped, still=counters.still, log=log)
     checkpoints.close()
-    return StageResult(start._replace(params=state.solver.params), dict(metrics), folder)
+    policy = start._replace(params=join(base, state.solver.params))
+    return StageResult(policy, dict(metrics), folder)
 
 
 def load_start(config: Config, mesh: Mesh, *, unchanged: bool = False) -> Policy:
     """The policy that the run starts from; what of it is large and lies uncut is said."""
     work = Path(config.output_dir) / MODEL_FOLDER
     start = load_policy(config.model, mesh, seed=config.seed, work=work, unchanged=unchanged)
+    if config.lora.rank is not None:
+        params = adapted(start.params, config.lora, mesh, seed=config.seed)
+        start = start._replace(params=params)
     by_first(lambda: keep_stop_ids(work, start.tokenizer, trained_template(config)))
     for leaf in unsharded(start.params, mesh):
         size = f"{leaf.bytes_per_device / 2**20:.0f} MiB a device"
@@ -267,7 +284,7 @@ def first_state(
 ) -> TrainState:
     """The state before the first update, made where it will live."""
     init = partial(init_state, stage.solver, stage.objective)
-    return shard_state(init, mesh, start.params, raw_key(config.seed), donate=donate)[0]
+    return shard_state(init, mesh, split(start.params)[0], raw_key(config.seed), donate=donate)[0]
 
 
 def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
@@ -277,8 +294,9 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     start, loss = load_start(config, mesh), bound_loss(config.loss)
     exam = make_exam(config, start.tokenizer)
     rows = rows_of_stage(config, "baseline", start, {}, resume=resume)
+    _, base = split(start.params)
     reference = keep_reference(config, folder, start, mesh, resume=resume)
-    frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
+    frozen = frozen_logprobs(config, start.model, reference and join(base, reference), rows, mesh)
     online = reference if config.reference.mode == "online" else None
     steps = number_of_steps(config.train, rows.own)
     stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
@@ -289,7 +307,7 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
         heldout,
         exam,
         make_texts(config, start, mesh),
-        reference_params=online,
+        frozen=what_stays(base, online),
         exam_every=None,
         folder=folder,
     )

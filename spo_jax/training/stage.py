@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from spo_jax.config.choices import solver_uses, uses_gap
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
-from spo_jax.models import Model
+from spo_jax.models import Model, join
 from spo_jax.objective import Objective, make_head_gradients, make_objective
+from spo_jax.objective.adapted import OnBase, Whole, adapted_objective
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
 from spo_jax.policies.loading import logit_rows, token_logprobs_of
 from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
@@ -115,9 +116,6 @@ def pair_objective(
     elif inner_value == "tracked":
         inner, _ = make_chain(config.inner, steps * section.tracked_steps)
         options = {"inner": inner, "tracked_steps": section.tracked_steps}
-    if section.reward_calibration is not None:
-        rows = logit_rows(config.model, model, mesh)
-        options["head_gradients"] = make_head_gradients(model, chunk_tokens=rows)
     return _objective(
         config,
         model,
@@ -139,7 +137,21 @@ def _objective(
     config: Config, model: Model, mesh: Mesh, loop: LoopConfig, **options: Any
 ) -> Objective:
     logprobs = token_logprobs_of(config.model, model, mesh)
-    return make_objective(logprobs, micro_batches=loop.gradient_accumulation, **options)
+    gradients = None
+    if options.get("reward_calibration") is not None:
+        gradients = make_head_gradients(model, chunk_tokens=logit_rows(config.model, model, mesh))
+
+    def bind(whole: Whole) -> Objective:
+        return make_objective(
+            lambda params, batch: logprobs(whole(params), batch),
+            micro_batches=loop.gradient_accumulation,
+            head_gradients=gradients and (lambda params, *rest: gradients(whole(params), *rest)),
+            **options,
+        )
+
+    return (
+        bind(lambda params: params) if config.lora.rank is None else adapted_objective(bind, join)
+    )
 
 
 def make_chain(config: OptimizerConfig, steps: int):
@@ -170,20 +182,28 @@ def state_shapes(stage: Stage, params: Params, mesh: Mesh) -> TrainState:
     return sharded_shapes(jax.eval_shape(init, params, key), mesh)
 
 
+def what_stays(base: Params | None, online: Params | None) -> Params | OnBase | None:
+    """The update's last argument: the online reference, and with adapters their base."""
+    return online if base is None else OnBase(base, online)
+
+
 def compile_update(
-    stage: Stage, params: Params, mesh: Mesh, reference_params: Params | None = None
+    stage: Stage, params: Params, mesh: Mesh, frozen: Params | OnBase | None = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-    """The update ``(state, batch) -> (state, metrics)``, jitted; donates its state."""
+    """The update ``(state, batch) -> (state, metrics)``, jitted; donates its state.
+
+    ``frozen`` is ``what_stays``.
+    """
     step = _jitted(stage, state_shapes(stage, params, mesh))
-    return lambda state, batch: step(state, batch, reference_params)
+    return lambda state, batch: step(state, batch, frozen)
 
 
 def lower_update(
-    stage: Stage, params: Params, mesh: Mesh, reference_params: Params | None, batch: Any
+    stage: Stage, params: Params, mesh: Mesh, frozen: Params | OnBase | None, batch: Any
 ) -> jax.stages.Lowered:
     """The update of ``compile_update``, lowered; shapes are enough for everything."""
     shapes = state_shapes(stage, params, mesh)
-    return _jitted(stage, shapes).lower(shapes, batch, reference_params)
+    return _jitted(stage, shapes).lower(shapes, batch, frozen)
 
 
 def _jitted(stage: Stage, shapes: TrainState) -> Any:

@@ -37,6 +37,23 @@ def made(tmp_path):
     return make
 
 
+def test_adapters_are_carried(made):
+    tree, left, _ = made({"use_peft": True}, "dpo")
+    assert left == ""
+    assert tree["lora"] == {"rank": 16, "alpha": 32.0, "targets": ["q_proj", "v_proj"]}
+    asked = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "use_rslora": True}
+    tree, left, _ = made(asked | {"lora_target_modules": "all-linear"}, "kto")
+    assert left == ""
+    assert tree["lora"] == {"rank": 4, "alpha": 16.0, "targets": ["*_proj"]}
+    tree, _, _ = made(asked | {"lora_target_modules": ["self_attn.q_proj", "up_proj"]}, "dpo")
+    assert tree["lora"]["targets"] == ["q_proj", "up_proj"]
+    assert "lora" not in made({}, "dpo")[0]
+    with pytest.raises(ConfigError, match=r"'\*' is a regular expression; name the projections"):
+        made(asked | {"lora_target_modules": r"model.*"}, "dpo")
+    with pytest.raises(ConfigError, match="use_dora=True"):
+        made(asked | {"use_dora": True}, "dpo")
+
+
 def test_defaults_of_trl_are_written(made):
     tree, left, text = made({}, "dpo")
     assert left == ""
@@ -188,7 +205,8 @@ def test_what_is_refused_is_named(made, trainer, given, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"use_peft": True}, "use_peft=True: not here yet: LoRA"),
+        ({"use_peft": True, "lora_dropout": 0.1}, "lora_dropout=0.1: not here yet: dropout of"),
+        ({"lora_r": 8}, "lora_r=8: without effect in TRL beside the other settings"),
         ({"push_to_hub": False}, "push_to_hub=False: no counterpart"),
         ({"disable_dropout": True}, "always so here"),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
@@ -285,14 +303,17 @@ def test_texts_that_are_no_command_line(made, text, said):
 
 def test_the_command(tmp_path, capsys):
     file, out = tmp_path / "t.yaml", tmp_path / "o.yaml"
-    file.write_text(yaml.safe_dump(NEEDED | {"use_peft": True}))
+    file.write_text(yaml.safe_dump(NEEDED | {"lora_dropout": 0.1}))
     words = ["config", "from-trl", str(file), "--out", str(out)]
     assert main(words) == 2
     assert "--trainer" in capsys.readouterr().err
     assert not out.exists()
     assert main([*words, "--trainer", "dpo", "--devices", "2"]) == 0
     said = capsys.readouterr()
-    assert said.err == "not carried: use_peft=True: not here yet: LoRA: all weights are trained\n"
+    assert said.err == (
+        "not carried: lora_dropout=0.1: not here yet: dropout of adapters, which disable_dropout "
+        "turns off there too\n"
+    )
     assert load_config(out).train.batch_size == 16
     assert main([*words, "--trainer", "dpo"]) == 2
     assert "exists" in capsys.readouterr().err
