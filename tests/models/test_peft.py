@@ -83,3 +83,13 @@ def test_peft_loads_it_with_equal_logits(saved):
         theirs = peft.PeftModel.from_pretrained(base, root / "adapter")(torch.as_tensor(tokens))
     np.testing.assert_allclose(ours, theirs.logits, rtol=1e-4, atol=1e-5)
     assert float((theirs.logits - before).abs().max()) > 0.05
+
+
+def test_projections_that_share_a_matrix_are_refused(tmp_path):
+    """``peft`` would have one adapter for them, and one of ours would be written over the other."""
+    hf = HF_CONFIGS["phi3"]
+    model = init_model(hf)
+    trained, _ = split(adapted(model.init(jax.random.key(0)), LORA, spread=0.3))
+    with pytest.raises(ValueError, match=r"qkv_proj.*one matrix of 3.*export without --adapter"):
+        save_adapters(tmp_path / "a", trained, LORA, names=family_of(hf).names, base="b")
+    assert not (tmp_path / "a").exists()
