@@ -13,6 +13,7 @@ from pathlib import Path
 from spo_jax.cli import (
     completion,
     config,
+    data,
     evaluate,
     generation,
     make_pairs,
@@ -30,6 +31,8 @@ Align a language model on preference pairs with Stable Preference Optimization (
   spo-jax train CONFIG --resume                go on where a run stopped
   spo-jax config show CONFIG                   what would be run, and where each value comes from
   spo-jax config from-trl FILE --out CONFIG    a configuration from TRL's YAML or command line
+  spo-jax data CONFIG                          the rows as they would be trained on, token by token,
+                                               lengths, padding, updates; no weights
   spo-jax plan CONFIG --topology v5e:4x4       memory, collectives and time on a machine that is
                                                not there
   spo-jax export RUN OUT                       a folder that transformers loads
@@ -52,7 +55,7 @@ Align a language model on preference pairs with Stable Preference Optimization (
 _COMPILING = ("evaluate", "generate", "make-pairs", "score-pairs", "dynamics")
 """Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
 _COMMANDS = (
-    *(train, config, plan, evaluate, generation, make_pairs, score_pairs),
+    *(train, config, data, plan, evaluate, generation, make_pairs, score_pairs),
     *(study, report, completion),
 )
 

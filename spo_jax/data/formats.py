@@ -137,6 +137,22 @@ class RowFormat(NamedTuple):
         tally = Tally(read, kept, bad, tuple(examples), reader.seen())
         return TextRows(tuple(rows), tuple(source_rows), self.chat.turn.end), tally
 
+    def refused(
+        self, records: Iterable[Record], *, max_rows: int | None = None
+    ) -> Iterator[RowError]:
+        """An error for every bad row among those that ``read`` would look at, whatever it does."""
+        reader, parse = self._reader(), LAYOUTS[self.kind][self.layout]
+        kept = 0
+        for record in records:
+            row = _parse_record(record, parse, reader)
+            if isinstance(row, BadRow):
+                told = f"{record.file}:{record.row}: {row}"
+                yield RowError(record.file, record.row, row.reason, told)
+                continue
+            kept += 1
+            if max_rows is not None and kept >= max_rows:
+                return
+
     def report(self, tallies: Iterable[Tally], notes: Sequence[str] = ()) -> FormatReport:
         """One report over the records of all ``tallies``, behind ``notes`` on the files.
 

@@ -15,9 +15,9 @@ import numpy as np
 from spo_jax.data.chat import make_chat_format
 from spo_jax.data.chunks import IdChunk
 from spo_jax.data.files import Record
-from spo_jax.data.formats import Kind, OnBadRow, RowError, RowFormat, Tally, begin
+from spo_jax.data.formats import FormatReport, Kind, OnBadRow, RowError, RowFormat, Tally, begin
 from spo_jax.data.splits import held_out, place_of_prompt
-from spo_jax.data.token_rows import TokenizedRows, join_chunks
+from spo_jax.data.token_rows import TokenizedRows, TokenReport, join_chunks
 from spo_jax.data.tokenize import CHUNK, make_chunk_encoder
 from spo_jax.parallel.cores import map_on_cores, number_of_cores
 from spo_jax.parallel.processes import (
@@ -53,11 +53,13 @@ class Recipe:
 class Prepared(NamedTuple):
     """Token rows, training rows first where some are held out, and what is to be said of them.
 
-    ``lines`` are the report on the records, then one on each of the ``parts``.
+    ``lines`` are the report on the records, then one on each of the ``parts``; ``reports`` the
+    same with its numbers, of rows that were made now.
     """
 
     parts: tuple[TokenizedRows, ...]
     lines: tuple[str, ...]
+    reports: tuple[FormatReport | TokenReport, ...] = ()
 
 
 class _Encoded(NamedTuple):
@@ -143,8 +145,8 @@ def tokenize_records(
     chunks = [each.ids for each in found]
     del found, new
     joined = join_chunks(chunks, share.task.encoder, sides)
-    lines = (report, *(line for _, line in joined))
-    return Prepared(tuple(rows for rows, _ in joined), tuple(map(str, lines)))
+    reports = (report, *(of for _, of in joined))
+    return Prepared(tuple(rows for rows, _ in joined), tuple(map(str, reports)), reports)
 
 
 class _Share:

@@ -31,7 +31,8 @@ TOKENIZER_FILES = (
 
 _NEVER_CARRIED = (".py", ".pyc")
 
-_DOWNLOADED = ["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES]
+_BESIDE_WEIGHTS = ["*.json", "README.md", *TOKENIZER_FILES]
+_DOWNLOADED = ["*.safetensors", *_BESIDE_WEIGHTS]
 _NOT_DOWNLOADED = [
     "consolidated*.safetensors",
     "original/*",
@@ -47,6 +48,15 @@ def resolve_model_folder(name_or_path: str | os.PathLike) -> Path:
 
     Fetches weights, configuration, tokenizer and the model's card only, never code.
     """
+    return _resolve(name_or_path, _DOWNLOADED)
+
+
+def resolve_without_weights(name_or_path: str | os.PathLike) -> Path:
+    """``resolve_model_folder`` for what needs no weights: of a hub's model none are fetched."""
+    return _resolve(name_or_path, _BESIDE_WEIGHTS)
+
+
+def _resolve(name_or_path: str | os.PathLike, patterns: list[str]) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -55,7 +65,7 @@ def resolve_model_folder(name_or_path: str | os.PathLike) -> Path:
         say(f"{name}: the model of that name on the hub, or the copy kept of it")
         try:
             with _no_progress():
-                return Path(_download(name))
+                return Path(_download(name, patterns))
         except Exception as cause:  # the hub client fails in many ways; all mean the same here
             brief = str(cause).strip().partition("\n")[0]
             reason = f", and the Hugging Face hub gave no model of that name ({brief})"
@@ -63,10 +73,10 @@ def resolve_model_folder(name_or_path: str | os.PathLike) -> Path:
     raise FileNotFoundError(_no_folder(name, " and it is not a hub name (owner/model)"))
 
 
-def _download(name: str) -> str:
+def _download(name: str, patterns: list[str]) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED)
+    return snapshot_download(name, allow_patterns=patterns, ignore_patterns=_NOT_DOWNLOADED)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spo_jax.parallel.constraints import ROWS, axis_names, parts
@@ -64,29 +64,38 @@ def make_mesh(
         ValueError: sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_shape(
+    devices: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> tuple[int, int, int]:
+    """The sizes of a mesh of so many devices; raises as ``make_mesh`` does."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"{shown}: sizes are positive, and only one may be -1")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if devices % fixed or (not free and fixed != devices):
         raise ValueError(
-            f"{shown} does not fit {len(devices)} devices: sizes must multiply to "
-            f"{len(devices)}; set one of them to -1 to take what is left"
+            f"{shown} does not fit {devices} devices: sizes must multiply to "
+            f"{devices}; set one of them to -1 to take what is left"
         )
     if free:
-        sizes[free[0]] = len(devices) // fixed
-    shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        sizes[free[0]] = devices // fixed
+    return tuple(sizes[name] for name in AXES)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts that the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(name: str, batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+def check_batch_size(
+    name: str, batch_size: int, micro_batches: int, mesh: Mesh | AbstractMesh
+) -> None:
     """Every micro-batch must cut evenly over the data shards.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from spo_jax.models import (
     load_params,
     resolve_model_folder,
 )
-from spo_jax.models.folders import files_to_carry, read_object
+from spo_jax.models.folders import files_to_carry, read_object, resolve_without_weights
 from spo_jax.objective.levels import LogprobsFn, make_logprobs_fn
 from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes, tree_shardings
@@ -58,6 +59,14 @@ class Policy(NamedTuple):
 
     model: Model
     params: Params
+    tokenizer: Any
+    folder: Path
+
+
+class Outline(NamedTuple):
+    """A policy without its weights; ``folder`` holds config.json and tokenizer."""
+
+    model: Model
     tokenizer: Any
     folder: Path
 
@@ -128,13 +137,46 @@ def load_policy(
     Raises one error that names path and mend when there is no such model. What lies in its
     folder and is not used is said.
     """
-    run = source = None
-    if config.init is None:
-        # By the first process first: what it downloads, the others of its host find there.
-        run = by_first(lambda: _text(find_run(config.path)))
-        if run is None:
-            by_first(lambda: _text(resolve_model_folder(config.path)))
-        source = Path(run) / MODEL_FOLDER if run else resolve_model_folder(config.path)
+    run, source = _find(config, resolve_model_folder)
+    model, tokenizer, _ = _outline(config, mesh, run, source, work=work, unchanged=unchanged)
+    if source is None:
+        params = _random_params(model, mesh, seed)
+    elif run:
+        params = params_of_run(Path(run), model, mesh)
+    else:
+        params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
+    return Policy(model, params, tokenizer, work)
+
+
+def load_outline(config: ModelConfig, *, work: Path) -> Outline:
+    """What ``load_policy`` would load, but for weights: none are read, nor fetched from the hub.
+
+    Says and raises what it does of everything else.
+    """
+    run, source = _find(config, resolve_without_weights)
+    return _outline(config, None, run, source, work=work, unchanged=False)
+
+
+def _find(config: ModelConfig, resolve: Callable[[str], Path]) -> tuple[str | None, Path | None]:
+    """The run that ``model.path`` names, if it is one, and the folder with its config.json."""
+    if config.init is not None:
+        return None, None
+    # By the first process first: what it downloads, the others of its host find there.
+    run = by_first(lambda: _text(find_run(config.path)))
+    if run is None:
+        by_first(lambda: _text(resolve(config.path)))
+    return run, Path(run) / MODEL_FOLDER if run else resolve(config.path)
+
+
+def _outline(
+    config: ModelConfig,
+    mesh: Mesh | None,
+    run: str | None,
+    source: Path | None,
+    *,
+    work: Path,
+    unchanged: bool,
+) -> Outline:
     if source is not None:
         by_first(lambda: _check(source))
     by_first(lambda: _fill(work, source, config, unchanged))
@@ -145,13 +187,7 @@ def load_policy(
     aside = [] if source is None or run else files_news(source)
     for line in (*folder_news(work, tokenizer), *aside):
         say(line)
-    if source is None:
-        params = _random_params(model, mesh, seed)
-    elif run:
-        params = params_of_run(Path(run), model, mesh)
-    else:
-        params = load_params(source, model, tree_shardings(model.abstract_params(), mesh))
-    return Policy(model, params, tokenizer, work)
+    return Outline(model, tokenizer, work)
 
 
 def params_of_run(run: Path, model: Model, mesh: Mesh, step: int | None = None) -> Params:

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 from spo_jax.config.schema import DataConfig, TaskConfig
 from spo_jax.data import (
+    FormatReport,
     LengthBuckets,
+    Records,
     TextRows,
     TokenizedRows,
+    TokenReport,
     choose_buckets,
     format_rows,
     load_records,
@@ -41,7 +44,8 @@ def task_problems(task: TaskConfig, seed: int):
 class Rows(NamedTuple):
     """Tokenized rows for training and for evaluation, with the buckets both are padded to.
 
-    ``packing`` and ``attention_length`` are those of ``data.make_train_iterator``.
+    ``packing`` and ``attention_length`` are those of ``data.make_train_iterator``. ``reports`` say
+    what became of the rows, by what they are of, where they were made now and not kept.
     """
 
     train: TokenizedRows
@@ -49,6 +53,21 @@ class Rows(NamedTuple):
     buckets: LengthBuckets
     packing: bool | str = False
     attention_length: int = ATTENTION_LENGTH
+    reports: tuple[tuple[str, FormatReport | TokenReport], ...] = ()
+
+
+class Source(NamedTuple):
+    """A data set that a section reads, training rows or those held out, and how."""
+
+    name: str
+    path: str
+    split: str
+    subset: str | None
+    recipe: Recipe
+
+    def records(self) -> Records:
+        """Its raw rows."""
+        return load_records(self.path, split=self.split, subset=self.subset)
 
 
 def read_rows(
@@ -93,6 +112,42 @@ def prepare_rows(
     completions), ``name`` the section of the configuration, ``date`` what chat templates are told,
     ``cache`` where token rows are kept (``prepare_records``).
     """
+    first, *others = sources_of(data, kind, seed=seed, name=name, date=date)
+    reports: list[tuple[str, FormatReport | TokenReport]] = []
+
+    def prepare(source: Source) -> Prepared:
+        return prepare_records(
+            source.records(), tokenizer, source.recipe, name=source.name, cache=cache
+        )
+
+    def tell(labels: Sequence[str], found: Prepared) -> None:
+        for label, line in zip(labels, found.lines, strict=False):
+            say(f"{label}: {line}")
+        reports.extend(zip(labels, found.reports, strict=False))
+
+    found = prepare(first)
+    train, *held = found.parts
+    tell((name, f"{name} train", f"{name} held out"), found)
+    for source in others:
+        found = prepare(source)
+        held = list(found.parts)
+        tell((source.name, f"{name} held out"), found)
+    del found
+    held = held[0] if held else None
+    if kind == "unpaired":
+        train = with_mismatched(train, name=f"{name} train")
+        held = None if held is None else with_mismatched(held, name=f"{name} held out")
+    buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
+    given = data.prompt_buckets is not None or data.completion_buckets is not None
+    packing = False if data.packing == "auto" and given else data.packing
+    buckets = buckets if held is None else _room_for(held, buckets, data)
+    return Rows(train, held, buckets, packing, reports=tuple(reports))
+
+
+def sources_of(
+    data: DataConfig, kind: str, *, seed: int, name: str, date: str | None = None
+) -> list[Source]:
+    """The data sets that ``prepare_rows`` reads for a section: one, or with ``data.eval`` two."""
     template = data.chat_template
     recipe = Recipe(
         kind=kind,
@@ -109,28 +164,11 @@ def prepare_rows(
         seed=seed if data.eval_fraction else 0,
     )
 
-    def prepare(source: str, split: str, recipe: Recipe, name: str) -> Prepared:
-        records = load_records(source, split=split, subset=data.subset)
-        return prepare_records(records, tokenizer, recipe, name=name, cache=cache)
-
-    def tell(labels: Sequence[str], lines: Sequence[str]) -> None:
-        for label, line in zip(labels, lines, strict=False):
-            say(f"{label}: {line}")
-
-    (train, *held), lines = prepare(data.train, data.train_split, recipe, name)
-    tell((name, f"{name} train", f"{name} held out"), lines)
+    found = [Source(name, data.train, data.train_split, data.subset, recipe)]
     if data.eval is not None:
-        recipe = dataclasses.replace(recipe, max_rows=None)
-        held, lines = prepare(data.eval, data.eval_split, recipe, f"{name}.eval")
-        tell((f"{name}.eval", f"{name} held out"), lines)
-    held = held[0] if held else None
-    if kind == "unpaired":
-        train = with_mismatched(train, name=f"{name} train")
-        held = None if held is None else with_mismatched(held, name=f"{name} held out")
-    buckets = choose_buckets(train, prompt=data.prompt_buckets, completion=data.completion_buckets)
-    given = data.prompt_buckets is not None or data.completion_buckets is not None
-    packing = False if data.packing == "auto" and given else data.packing
-    return Rows(train, held, buckets if held is None else _room_for(held, buckets, data), packing)
+        whole = dataclasses.replace(recipe, max_rows=None)
+        found.append(Source(f"{name}.eval", data.eval, data.eval_split, data.subset, whole))
+    return found
 
 
 def packed_for(rows: Rows, config: DecoderConfig) -> Rows:

@@ -23,18 +23,10 @@ def builtin_data(
 
     Pairs are sampled from ``policy``; those of the run that is resumed stay.
     """
-    task, seed = config.task, config.seed
-    sft, preference, test, _ = task_problems(task, seed)
-    data = getattr(config, section)
     if section == "sft_data":
-        path, heldout = root / "sft.jsonl", root / "test.jsonl"
-
-        def write() -> None:
-            for file, problems in ((path, sft), (heldout, test)):
-                write_rows(file, [p._asdict() for p in problems])
-
-        by_first(write)
-        return dataclasses.replace(data, train=str(path), eval=str(heldout))
+        return builtin_sft(config, root)
+    task, seed = config.task, config.seed
+    preference = task_problems(task, seed).preference
     path = root / PAIRS_FILE
 
     def is_missing() -> bool:
@@ -57,5 +49,23 @@ def builtin_data(
         problems = [Problem(*problem, row=i) for i, problem in enumerate(preference)]
         counts = write_pairs(policy, problems, path, settings, model=str(root))
         say(f"{path}: {summary(counts)}")
-    fraction = data.eval_fraction or 0.1
-    return dataclasses.replace(data, train=str(path), eval_fraction=fraction)
+    return sampled_data(config, root)
+
+
+def builtin_sft(config: Config, root: Path) -> DataConfig:
+    """Write the task's SFT rows into ``root``; the section that reads them."""
+    sft, _, test, _ = task_problems(config.task, config.seed)
+    path, heldout = root / "sft.jsonl", root / "test.jsonl"
+
+    def write() -> None:
+        for file, problems in ((path, sft), (heldout, test)):
+            write_rows(file, [p._asdict() for p in problems])
+
+    by_first(write)
+    return dataclasses.replace(config.sft_data, train=str(path), eval=str(heldout))
+
+
+def sampled_data(config: Config, root: Path) -> DataConfig:
+    """The section that reads the pairs which were sampled into ``root``."""
+    fraction = config.data.eval_fraction or 0.1
+    return dataclasses.replace(config.data, train=str(root / PAIRS_FILE), eval_fraction=fraction)

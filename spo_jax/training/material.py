@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
 from spo_jax.config.choices import rows_kind
-from spo_jax.config.schema import BUILTIN_TASK, Config, LoopConfig
+from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, LoopConfig
 from spo_jax.data import BatchSource, TrainIterator, eval_batches, make_train_iterator
 from spo_jax.dynamics.probes import Probes
 from spo_jax.dynamics.row_choice import make_probe_set
@@ -23,13 +23,18 @@ from spo_jax.objective.logprobs import rows_in_flight
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.limits import check_rows
-from spo_jax.policies.loading import Policy, is_run, load_policy
+from spo_jax.policies.loading import Outline, Policy, is_run, load_policy
 from spo_jax.policies.reference_logprobs import make_reference_logprobs
 from spo_jax.policies.rows import Rows, packed_for, prepare_rows, round_up
 from spo_jax.sampling.builtin import builtin_data
 from spo_jax.training.batches import Batches
 from spo_jax.training.dropped_pairs import without_displacing
-from spo_jax.training.own_answers import OWN_ANSWERS, own_answers, without_heldout
+from spo_jax.training.own_answers import (
+    OWN_ANSWERS,
+    inner_section,
+    own_answers,
+    without_heldout,
+)
 from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
 from spo_jax.types import Params
 
@@ -56,18 +61,7 @@ def rows_of_stage(
             if data.train == BUILTIN_TASK:
                 root = Path(config.output_dir)
                 data = builtin_data(config, section, policy, root, resume=resume)
-            kind = rows_kind(config.loss) if section == "data" else "sft"
-            found = prepare_rows(
-                data,
-                kind,
-                policy.tokenizer,
-                seed=config.seed,
-                name=section,
-                date=config.date,
-                cache=config.rows_cache,
-            )
-            check_rows(found, policy.model.config, policy.tokenizer, section)
-            found = packed_for(found, policy.model.config)
+            found = rows_of_section(config, section, data, policy)
             if section == "data" and data.drop_displacing is not None:
                 found = without_displacing(config, policy, found, resume=resume)
             if section == OWN_ANSWERS:
@@ -80,12 +74,34 @@ def rows_of_stage(
     own = rows("data")
     if not has_inner_rows(config, name):
         return StageRows(own)
-    return StageRows(own, rows("sft_data" if config.objective.inner_data == "sft" else OWN_ANSWERS))
+    return StageRows(own, rows(inner_section(config)))
 
 
-def number_of_steps(loop: LoopConfig, rows: Rows) -> int:
-    """Updates of a stage; rows that fill no batch are left out of an epoch."""
-    return loop.steps or max(1, round(loop.epochs * (len(rows.train) // loop.batch_size)))
+def rows_of_section(
+    config: Config, section: str, data: DataConfig, policy: Policy | Outline
+) -> Rows:
+    """The tokenized rows of ``data``, checked against the model; no weight has a part in them."""
+    found = prepare_rows(
+        data,
+        kind_of_section(config, section),
+        policy.tokenizer,
+        seed=config.seed,
+        name=section,
+        date=config.date,
+        cache=config.rows_cache,
+    )
+    check_rows(found, policy.model.config, policy.tokenizer, section)
+    return packed_for(found, policy.model.config)
+
+
+def kind_of_section(config: Config, section: str) -> str:
+    """Of which kind the rows of a section are: see ``prepare_rows``."""
+    return rows_kind(config.loss) if section == "data" else "sft"
+
+
+def number_of_steps(loop: LoopConfig, rows: int) -> int:
+    """Updates of a stage on so many rows; what fills no batch is left out of an epoch."""
+    return loop.steps or max(1, round(loop.epochs * (rows // loop.batch_size)))
 
 
 def keep_reference(
@@ -153,19 +169,19 @@ def make_batches(config: Config, name: str, rows: StageRows, frozen: Frozen, mes
     """Batches of a stage without an end, in the order of the seed; each process has its rows."""
     loop = loop_of(config, name)
     size, unit = loop.batch_size, batch_shards(mesh) * loop.gradient_accumulation
-    own = _iterator(config, name, rows.own, size, frozen.train, unit)
+    own = stage_iterator(config, name, rows.own, size, frozen.train, unit)
     sources = {"sft" if name == "sft" else "preference": rows.own.train.source_rows}
     if name == "sft":
         return Batches(sft=own, sources=sources)
     inner = None
     if rows.inner is not None:
         size = inner_batch_size(config)
-        inner = _iterator(config, f"{name} (inner)", rows.inner, size, frozen.inner, unit)
+        inner = stage_iterator(config, f"{name} (inner)", rows.inner, size, frozen.inner, unit)
         sources["sft"] = rows.inner.train.source_rows
     return Batches(own, inner, sources)
 
 
-def _iterator(
+def stage_iterator(
     config: Config,
     name: str,
     rows: Rows,
@@ -173,6 +189,7 @@ def _iterator(
     logprobs: np.ndarray | None,
     rows_unit: int,
 ) -> TrainIterator:
+    """Batches of one level of the stage ``name``, of this process; says how full they are."""
     batches = make_train_iterator(
         rows.train,
         batch_size=batch_size,
@@ -191,7 +208,7 @@ def _iterator(
 
 
 def heldout_batches(
-    rows: Rows, loop: LoopConfig, logprobs: np.ndarray | None, mesh: Mesh
+    rows: Rows, loop: LoopConfig, logprobs: np.ndarray | None, mesh: Mesh | AbstractMesh
 ) -> BatchSource:
     """The held-out rows once, this process's part of each batch."""
     return eval_batches(

@@ -22,6 +22,11 @@ OWN_ANSWERS = "own_answers"
 """What these rows are called, as other rows by their section."""
 
 
+def inner_section(config: Config) -> str:
+    """What the rows of an inner level that has its own are called."""
+    return "sft_data" if config.objective.inner_data == "sft" else OWN_ANSWERS
+
+
 def own_answers(config: Config) -> DataConfig:
     """The section that reads them: the file beside the pairs, the lengths of the section ``data``.
 

@@ -176,7 +176,7 @@ def run_stage(
     batches = make_batches(config, name, rows, frozen, mesh)
 
     # Objective, solver and optimizer: the update.
-    steps = number_of_steps(loop_of(config, name), rows.own)
+    steps = number_of_steps(loop_of(config, name), len(rows.own.train))
     stage = make_stage(config, name, start.model, loss, mesh, steps=steps)
     update = compile_update(stage, trained, mesh, stays)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
@@ -298,7 +298,7 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     reference = keep_reference(config, folder, start, mesh, resume=resume)
     frozen = frozen_logprobs(config, start.model, reference and join(base, reference), rows, mesh)
     online = reference if config.reference.mode == "online" else None
-    steps = number_of_steps(config.train, rows.own)
+    steps = number_of_steps(config.train, len(rows.own.train))
     stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
     look = make_look(

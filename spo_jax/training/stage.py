@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spo_jax.config.choices import solver_uses, uses_gap
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
@@ -45,7 +45,7 @@ def loop_of(config: Config, name: str) -> LoopConfig:
     return config.sft if name == "sft" else config.train
 
 
-def check_sizes(config: Config, name: str, mesh: Mesh) -> None:
+def check_sizes(config: Config, name: str, mesh: Mesh | AbstractMesh) -> None:
     """Raise ``ValueError`` where a batch of the stage ``name`` does not divide over the mesh."""
     loop = loop_of(config, name)
     for key in ("batch_size", "inner_batch_size"):
