@@ -95,6 +95,10 @@ class DecoderConfig:
     the MLP's gate. Scores of attention are divided by the root of ``score_width`` (``None``:
     ``head_dim``); they and logits are held within a cap ``c`` by ``c tanh(x / c)``, where there
     is one. ``scaled_embeddings`` are multiplied by the root of their width.
+
+    With ``num_experts`` a token's MLP is the ``experts_per_token`` of them, ``expert_size`` wide,
+    that its router finds likeliest, weighed by their probabilities; ``normed_routes`` add up to
+    one.
     ``sliding_window`` counts the tokens a query sees, itself included; ``sliding_layers``
     says which layers use it (``None``: all of them). ``rope_layers`` says which layers turn
     queries and keys by their positions (``None``: all of them), ``rotary_dim`` how much of
@@ -127,6 +131,10 @@ class DecoderConfig:
     score_cap: float | None = None
     logit_cap: float | None = None
     scaled_embeddings: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    normed_routes: bool = True
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
@@ -148,6 +156,13 @@ class DecoderConfig:
                 raise ValueError(f"{name}={value}: use a number above 0, or None")
         if self.qk_norm and self.full_qk_norm:
             raise ValueError("qk_norm and full_qk_norm are both set: queries have one norm")
+        if not 0 <= self.experts_per_token <= self.num_experts or (
+            self.num_experts and not (self.experts_per_token and self.expert_size)
+        ):
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}, expert_size={self.expert_size}: of "
+                f"num_experts={self.num_experts} a token takes at least one and at most all"
+            )
         if self.head_dim < 2:
             raise ValueError(
                 f"head_dim={self.head_dim}: hidden_size={self.hidden_size} does not suffice for "

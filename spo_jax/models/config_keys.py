@@ -47,6 +47,10 @@ _SWITCHES = (
     "a list of 0 and 1",
     lambda value: isinstance(value, list | tuple) and all(x in (0, 1) for x in value),
 )
+_COUNTS = (
+    "a list of whole numbers from 0 on",
+    lambda value: isinstance(value, list | tuple) and all(_is_whole(x, 0) for x in value),
+)
 _MAPPING = ("a mapping", lambda value: isinstance(value, Mapping))
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -76,6 +80,13 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "partial_rotary_factor": _SHARE,
     "original_max_position_embeddings": _SIZE,
     "hidden_activation": _TEXT,
+    "num_experts": _SIZE,
+    "num_local_experts": _SIZE,
+    "num_experts_per_tok": _SIZE,
+    "moe_intermediate_size": _SIZE,
+    "norm_topk_prob": _FLAG,
+    "decoder_sparse_step": _SIZE,
+    "mlp_only_layers": _COUNTS,
     "rope_local_base_freq": _ABOVE_ZERO,
     "sliding_window_pattern": _SIZE,
     "query_pre_attn_scalar": _ABOVE_ZERO,
@@ -111,6 +122,9 @@ DROPOUTS = (
     "resid_pdrop", "attn_pdrop", "classifier_dropout",
 )  # fmt: skip
 """Off while a model is evaluated, and off here while it trains."""
+
+OF_THE_ROUTER = ("router_aux_loss_coef", "router_jitter_noise")
+"""Of training a model with experts: a loss that keeps them evenly busy, noise. Neither is done."""
 
 NEUTRAL_GENERATION: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0,
@@ -215,7 +229,7 @@ def check_is_language_model(hf: Mapping[str, Any], where: str) -> None:
 
 def unused_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a ``config.json`` or a ``generation_config.json`` that say something, unused."""
-    found = {key: hf[key] for key in DROPOUTS if hf.get(key)}
+    found = {key: hf[key] for key in (*DROPOUTS, *OF_THE_ROUTER) if hf.get(key)}
     for key, neutral in NEUTRAL_GENERATION.items():
         if hf.get(key) is not None and hf[key] != neutral:
             found[key] = hf[key]
@@ -234,7 +248,7 @@ def _is_known(key: str, value: Any) -> bool:
             value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
             for allowed in _ONLY[key]
         )
-    return key in HARMLESS or key in DROPOUTS or key in NEUTRAL_GENERATION or key in _HANDLED
+    return key in {*HARMLESS, *DROPOUTS, *OF_THE_ROUTER, *NEUTRAL_GENERATION, *_HANDLED}
 
 
 _SECOND_NAMES = {

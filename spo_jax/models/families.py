@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from spo_jax.models.config_keys import check_is_language_model, shown_value
-from spo_jax.models.names import LLAMA_NAMES, OUT_NORM_NAMES, PHI3_NAMES, TensorName
+from spo_jax.models.names import (
+    LLAMA_NAMES,
+    MIXTRAL_NAMES,
+    OUT_NORM_NAMES,
+    PHI3_NAMES,
+    QWEN3_MOE_NAMES,
+    TensorName,
+)
 from spo_jax.models.positions import USUAL
 
 HFConfig: TypeAlias = Mapping[str, Any]
@@ -175,6 +182,48 @@ def _typed_windows(hf: HFConfig, sliding: tuple[bool, ...]) -> dict[str, Any]:
     return {"sliding_window": hf["sliding_window"], "sliding_layers": sliding}
 
 
+def _qwen3_moe_traits(hf: HFConfig) -> dict[str, Any]:
+    """Every layer has experts; a mixture with layers that have an MLP is not implemented."""
+    if hf["decoder_sparse_step"] != 1 or hf["mlp_only_layers"]:
+        raise ValueError(
+            f"config.json: decoder_sparse_step={hf['decoder_sparse_step']}, mlp_only_layers="
+            f"{hf['mlp_only_layers']}: layers with an MLP beside layers with experts are not "
+            "implemented (only 1 and an empty list)"
+        )
+    if hf["use_sliding_window"] and hf["max_window_layers"] is not None:
+        raise ValueError(
+            "config.json: use_sliding_window with max_window_layers="
+            f"{hf['max_window_layers']}: transformers leaves the second out of a qwen3_moe model, "
+            "all of whose layers have the window; remove it"
+        )
+    counts = {hf[key] for key in ("num_experts", "num_local_experts")} - {None}
+    if len(counts) > 1:
+        raise ValueError(
+            f"config.json: num_experts={hf['num_experts']} and num_local_experts="
+            f"{hf['num_local_experts']} disagree: keep one of them"
+        )
+    bias = hf["attention_bias"]
+    return {
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "qk_norm": True,
+        "sliding_window": hf["sliding_window"] if hf["use_sliding_window"] else None,
+        "num_experts": next(iter(counts), 128),
+        "experts_per_token": hf["num_experts_per_tok"],
+        "expert_size": hf["moe_intermediate_size"],
+        "normed_routes": hf["norm_topk_prob"],
+    }
+
+
+def _mixtral_traits(hf: HFConfig) -> dict[str, Any]:
+    return {
+        "sliding_window": hf["sliding_window"],
+        "num_experts": hf["num_local_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "expert_size": hf["intermediate_size"],
+    }
+
+
 _COMMON = {
     "hidden_act": "silu",
     "num_key_value_heads": None,
@@ -297,6 +346,42 @@ FAMILIES: dict[str, Family] = {
         _gemma3_traits,
         OUT_NORM_NAMES,
         activation="gelu_pytorch_tanh",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": None,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+            "moe_intermediate_size": 768,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        _qwen3_moe_traits,
+        QWEN3_MOE_NAMES,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        _mixtral_traits,
+        MIXTRAL_NAMES,
     ),
 }
 

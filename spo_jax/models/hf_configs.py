@@ -90,6 +90,11 @@ def decoder_config_to_hf(config: DecoderConfig, model_type: str) -> dict[str, An
         "use_sliding_window": sliding,
         "sliding_window": config.sliding_window,
         "layer_types": types,
+        "num_experts": config.num_experts,
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.expert_size,
+        "norm_topk_prob": config.normed_routes,
         "rope_local_base_freq": config.sliding_rope_theta
         or family.defaults.get("rope_local_base_freq"),
         "partial_rotary_factor": config.turned / config.head_dim,

@@ -121,6 +121,57 @@ class MLP(_Projecting):
         )
 
 
+class _Kernels(nn.Module):
+    """One matrix an expert."""
+
+    shape: tuple[int, int, int]
+    scale: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", nn.initializers.normal(self.scale), self.shape, self.dtype)
+
+
+class Experts(_Projecting):
+    """``sum_e p_e MLP_e(x)``, the MLPs that a router picks: Shazeer et al., arXiv 1701.06538.
+
+    A scan over all experts: each computes every token, and weighs those that did not pick it by 0.
+    That is ``num_experts / experts_per_token`` times the arithmetic that is needed, in memory for
+    one expert, with no token left out, wherever tokens and matrices lie. No loss keeps the experts
+    evenly busy.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        c, e = self.config, self.execution
+        logits = self.project(x, c.num_experts, "router", bias=False)
+        found = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        best, picked = jax.lax.top_k(found, c.experts_per_token)
+        if c.normed_routes:
+            best /= jnp.sum(best, axis=-1, keepdims=True)
+        chosen = picked[..., None] == jnp.arange(c.num_experts)
+        shares = jnp.sum(jnp.where(chosen, best[..., None], 0), axis=-2)
+
+        def kernels(name: str, rows: int, columns: int):
+            shape = (c.num_experts, rows, columns)
+            return _Kernels(shape, c.initializer_range, e.param_dtype, name=name)()
+
+        wide = (c.hidden_size, c.expert_size)
+        matrices = kernels("gate", *wide), kernels("up", *wide), kernels("down", *wide[::-1])
+
+        @jax.checkpoint
+        def add(total, expert):
+            gate, up, down = (matrix.astype(e.compute_dtype) for matrix in expert[0])
+            inner = ACTIVATIONS[c.activation](x @ gate) * (x @ up)
+            out = jnp.matmul(inner, down, preferred_element_type=jnp.float32)
+            return total + expert[1][..., None] * out, None
+
+        start = jnp.zeros(x.shape, jnp.float32)
+        total, _ = jax.lax.scan(add, start, (matrices, jnp.moveaxis(shares, -1, 0)))
+        return total.astype(e.compute_dtype)
+
+
 class Layer(nn.Module):
     """Attention and MLP, each normed before or behind, and added to the residual stream."""
 
@@ -141,7 +192,8 @@ class Layer(nn.Module):
             norm(x, "pre", "attention_norm"), rotation, context, window, cached
         )
         x += norm(out, "post", "attention_out_norm")
-        out = MLP(c, e, p, name="mlp")(norm(x, "pre", "mlp_norm"))
+        mlp = Experts(c, e, p, name="experts") if c.num_experts else MLP(c, e, p, name="mlp")
+        out = mlp(norm(x, "pre", "mlp_norm"))
         x += norm(out, "post", "mlp_out_norm")
         return constrain(x, e.mesh, ROWS, None, None), kept
 

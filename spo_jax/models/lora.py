@@ -98,6 +98,11 @@ def as_base(params: Params, lora: Lora) -> Params:
 
     Where that is another form, buffers of ``params`` are given up.
     """
+    if lora.quantize is not None and "experts" in params["layers"]:
+        raise ValueError(
+            f"lora.quantize={lora.quantize}: experts are not stored in four bits here. Set it to "
+            "null for this model"
+        )
     stored = params if lora.quantize is None else quantize_layers(params)
     return add_scales(stored, lora)
 
@@ -135,7 +140,12 @@ def join(base: Params | None, trained: Params) -> Params:
 
 def _shape(base: Params, block: str, ours: str) -> tuple[int, int, int]:
     """Layers, inputs and outputs of a projection, however it is stored."""
-    stored = base["layers"][block][ours]
+    stored = base["layers"].get(block, {}).get(ours)
+    if stored is None:
+        raise ValueError(
+            f"lora.targets: this model has experts, and none {ours!r} of an {block!r}; experts get "
+            "no adapters here. Name projections of attention: [q_proj, k_proj, v_proj, o_proj]"
+        )
     if "kernel" in stored:
         return stored["kernel"].shape
     count, half, out = stored["codes"].shape

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from spo_jax.types import Params
 
 
 class TensorName(NamedTuple):
-    """The Hugging Face name of one of our parameters; ``{layer}`` stands for the layer index.
+    """The Hugging Face name of one of our parameters, with ``{layer}`` and ``{expert}`` in it.
 
     Parameters of one name lie in one tensor, in the order of the table, behind each other along
     its first axis.
@@ -23,9 +24,9 @@ class TensorName(NamedTuple):
     transpose: bool = False
 
     @property
-    def stacked(self) -> bool:
-        """Whether our parameter stacks this tensor over the layers."""
-        return "{layer}" in self.template
+    def stacked(self) -> int:
+        """Over how many axes our parameter stacks this tensor: layers, and experts."""
+        return ("{layer}" in self.template) + ("{expert}" in self.template)
 
 
 def _linear(ours: str, theirs: str) -> dict[str, TensorName]:
@@ -78,14 +79,32 @@ PHI3_NAMES: dict[str, TensorName] = {
 """Projections of the same input in one tensor. Ours stay apart: heads are cut over devices."""
 
 
-class StoredAs(NamedTuple):
-    """How one stored tensor maps to ours: its parts, the layer if stacked, the stored shape.
+QWEN3_MOE_NAMES: dict[str, TensorName] = {
+    **LLAMA_NAMES,
+    **_linear("experts/router", "mlp.gate"),
+    **_linear("experts/gate", "mlp.experts.{expert}.gate_proj"),
+    **_linear("experts/up", "mlp.experts.{expert}.up_proj"),
+    **_linear("experts/down", "mlp.experts.{expert}.down_proj"),
+}
+MIXTRAL_NAMES: dict[str, TensorName] = {
+    **LLAMA_NAMES,
+    **_linear("experts/router", "block_sparse_moe.gate"),
+    **_linear("experts/gate", "block_sparse_moe.experts.{expert}.w1"),
+    **_linear("experts/up", "block_sparse_moe.experts.{expert}.w3"),
+    **_linear("experts/down", "block_sparse_moe.experts.{expert}.w2"),
+}
+"""As they lie in folders; ``transformers`` stacks experts while it reads them."""
 
-    A part is the path of a parameter, and its length along the tensor's first axis.
+
+class StoredAs(NamedTuple):
+    """How one stored tensor maps to ours: its parts, where in them it lies, the stored shape.
+
+    A part is the path of a parameter, and its length along the tensor's first axis. ``place`` are
+    the indices of layer and expert, as far as the parameter stacks them.
     """
 
     parts: tuple[tuple[str, int], ...]
-    layer: int | None
+    place: tuple[int, ...]
     transpose: bool
     shape: tuple[int, ...]
 
@@ -100,12 +119,12 @@ def stored_tensors(params: Params, names: Mapping[str, TensorName]) -> dict[str,
     found: dict[str, StoredAs] = {}
     for ours in sorted(leaves, key=lambda ours: order[ours]):
         name, leaf = names[ours], leaves[ours]
-        shape = leaf.shape[1:] if name.stacked else leaf.shape
+        stacked, shape = leaf.shape[: name.stacked], leaf.shape[name.stacked :]
         length, *rest = shape[::-1] if name.transpose else shape
-        for layer in range(leaf.shape[0]) if name.stacked else (None,):
-            theirs = name.template.format(layer=layer)
+        for place in np.ndindex(stacked):
+            theirs = name.template.format(**dict(zip(("layer", "expert"), place, strict=False)))
             before = found[theirs].parts if theirs in found else ()
             parts = (*before, (ours, length))
             whole = (sum(size for _, size in parts), *rest)
-            found[theirs] = StoredAs(parts, layer, name.transpose, whole)
+            found[theirs] = StoredAs(parts, place, name.transpose, whole)
     return found

@@ -46,7 +46,7 @@ def save_adapters(
 
     def gather() -> Iterator[np.ndarray]:
         for name, (leaf, layer) in leaves.items():
-            array = to_host(leaf, layer)
+            array = to_host(leaf, (layer,))
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = np.asarray(array, jnp.dtype(dtype))
             check_values(name, array, stored, "the adapters", f"dtype={dtype}")

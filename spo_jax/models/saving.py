@@ -119,7 +119,7 @@ def _cut(tensors: dict[str, StoredAs], dtype: str, max_bytes: int) -> list[dict[
 
 
 def _layer(tensor: StoredAs) -> int:
-    return -1 if tensor.layer is None else tensor.layer
+    return tensor.place[0] if tensor.place else -1
 
 
 def _write_weights(
@@ -132,7 +132,7 @@ def _write_weights(
 
     def gather(shard: dict[str, StoredAs]) -> Iterator[np.ndarray]:
         for name, tensor in shard.items():
-            parts = [to_host(leaves[path], tensor.layer) for path, _ in tensor.parts]
+            parts = [to_host(leaves[path], tensor.place) for path, _ in tensor.parts]
             axis = -1 if tensor.transpose else 0
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
             with np.errstate(over="ignore", invalid="ignore"):
@@ -156,10 +156,10 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def to_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """Gather one layer of a parameter; on a multi-host mesh all hosts take part."""
-    if layer is not None:
-        leaf = _take_layer(leaf, layer)
+def to_host(leaf: Any, place: tuple[int, ...]) -> np.ndarray:
+    """Gather one layer (and expert) of a parameter; on a multi-host mesh all hosts take part."""
+    for index in place:
+        leaf = _take(leaf, index)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -168,5 +168,5 @@ def to_host(leaf: Any, layer: int | None) -> np.ndarray:
 
 
 @jax.jit
-def _take_layer(leaf: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)

@@ -86,7 +86,9 @@ def load_params(folder: str | os.PathLike, model: Model, shardings: Any = None) 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if not stacked:
                 return convert(sources[ours][0], index)
-            return np.stack([convert(one, index[1:]) for one in sources[ours][index[0]]])
+            numbers = np.arange(len(sources[ours])).reshape(leaf.shape[:stacked])[index[:stacked]]
+            found = [convert(sources[ours][i], index[stacked:]) for i in numbers.ravel()]
+            return np.stack(found).reshape(*numbers.shape, *found[0].shape)
 
         if anywhere:
             # Not committed to the default device, as nothing is that JAX makes there: a step whose

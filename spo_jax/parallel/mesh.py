@@ -38,6 +38,10 @@ Rules = Sequence[tuple[str, P]]
 DECODER_RULES: Rules = (
     (r"\['embed'\]$", P("tensor", "fsdp")),
     (r"\['head'\]$", P("fsdp", "tensor")),
+    # Experts' kernels [L, E, in, out], as an MLP's: each device has a part of every expert.
+    (r"\['experts'\]\['(gate|up)'\]\['kernel'\]$", P(None, None, "fsdp", "tensor")),
+    (r"\['experts'\]\['down'\]\['kernel'\]$", P(None, None, "tensor", "fsdp")),
+    (r"\['router'\]\['kernel'\]$", P(None, "fsdp")),
     # Stacked kernels [L, in, out]: heads and MLP width over tensor, model width over fsdp.
     (r"\['(q|k|v|gate|up)'\]\['kernel'\]$", P(None, "fsdp", "tensor")),
     (r"\['(o|down)'\]\['kernel'\]$", P(None, "tensor", "fsdp")),

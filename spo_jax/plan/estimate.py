@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -71,13 +71,15 @@ def _forward(model: Model, rows: Rows) -> int:
 
 
 def _kernels(model: Model) -> int:
-    """Numbers in the layers' matrices: what every token is multiplied with."""
-    layers: Any = model.abstract_params()["layers"]
-    return sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
-        if path[-1].key == "kernel"
-    )
+    """Numbers in the layers' matrices that a token needs: of experts, those that it picks."""
+    config, layers = model.config, model.abstract_params()["layers"]
+    count = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        if path[-1].key == "kernel":
+            size = math.prod(leaf.shape)
+            every = leaf.ndim < 4  # experts have an axis more
+            count += size if every else size * config.experts_per_token // config.num_experts
+    return count
 
 
 def _windows(config: DecoderConfig) -> list[int | None]:

@@ -106,6 +106,13 @@ def test_keys_of_gemma_that_say_one_thing_twice():
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False.*disagree"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias=True"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2.*not implemented"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\].*not implemented"),
+        ("qwen3_moe", {"num_local_experts": 6}, "num_experts=5 and num_local_experts=6 disagree"),
+        ("qwen3_moe", {"num_experts_per_tok": 6}, "experts_per_token=6.*num_experts=5"),
+        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 2}, "remove it"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8"),
+        ("mixtral", {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ("gemma2", {"hidden_act": "gelu"}, "hidden_act='gelu' .only 'gelu_pytorch_tanh'"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu' .only 'gelu_py"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
@@ -138,8 +145,9 @@ def test_values_of_a_wrong_type_are_refused_by_name(key, value):
     wanted, takes = KINDS[key]
     foreign = key not in {*FAMILIES["llama"].defaults, *REQUIRED, "model_type"}
     takes_null = value is None and (foreign or decoder_takes_null(key))
+    says_none = value == 0 and key in ("num_experts", "num_local_experts")
     config = HF_CONFIGS["llama"] | {key: value}
-    if takes(value) or takes_null:
+    if takes(value) or takes_null or says_none:
         with contextlib.suppress(ValueError):  # of a shape that does not fit the others
             decoder_config_from_hf(config)
         return
@@ -238,6 +246,9 @@ def test_unused_settings_are_those_that_say_something():
     assert unused_settings({"temperature": 1.0, "top_k": 50, "attention_dropout": 0.0}) == {}
     said = {"temperature": 0.7, "suppress_tokens": [1], "attention_dropout": 0.1}
     assert unused_settings(said | {"eos_token_id": 2}) == said
+    router = {"router_aux_loss_coef": 0.02, "router_jitter_noise": 0.1}
+    assert unused_settings(router) == router
+    assert decoder_config_from_hf(HF_CONFIGS["mixtral"] | router).num_experts == 4
 
 
 @pytest.mark.parametrize(

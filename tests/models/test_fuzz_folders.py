@@ -93,7 +93,7 @@ def windows(ours) -> list[int | None]:
 def their_windows(theirs) -> list[int | None]:
     if theirs.model_type in ("llama", "olmo2"):
         return [None] * theirs.num_hidden_layers
-    if theirs.model_type in ("mistral", "phi3"):
+    if theirs.model_type in ("mistral", "phi3", "qwen3_moe", "mixtral"):
         return [theirs.sliding_window] * theirs.num_hidden_layers
     sliding = (kind == "sliding_attention" for kind in theirs.layer_types)
     return [theirs.sliding_window if on else None for on in sliding]
@@ -106,10 +106,9 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
     kind = rope["rope_type"]
     scaling = ours.rope_scaling
     family = theirs.model_type
-    attention_bias = (
-        family in ("llama", "qwen3", "smollm3", "olmo2", "gemma2") and theirs.attention_bias
-    )
-    gemma = family.startswith("gemma")
+    never = family in ("mistral", "mixtral", "qwen2", "phi3")  # whatever a key says
+    attention_bias = not never and theirs.attention_bias
+    gemma, experts = family.startswith("gemma"), family in ("qwen3_moe", "mixtral")
     act = theirs.hidden_activation if gemma else theirs.hidden_act
     scalar = ("query_pre_attn_scalar", ours.head_dim)
     turned = ours.rope_layers or (True,) * ours.num_layers
@@ -144,7 +143,7 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
             ours.norms,
             {"olmo2": "post", "gemma2": "both", "gemma3_text": "both"}.get(family, "pre"),
         ),
-        "norms of heads": (ours.qk_norm, family in ("qwen3", "gemma3_text")),
+        "norms of heads": (ours.qk_norm, family in ("qwen3", "qwen3_moe", "gemma3_text")),
         "local": (
             ours.sliding_rope_theta,
             local["rope_theta"] if local and ours.sliding_layers else None,
@@ -152,6 +151,15 @@ def what_decides(ours, theirs) -> tuple[dict, dict]:
         "norms of queries": (ours.full_qk_norm, family == "olmo2"),
         "share": (ours.turned, int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))),
         "turned": (list(turned), [bool(on) for on in getattr(theirs, "no_rope_layers", turned)]),
+        "experts": (
+            (ours.num_experts, ours.experts_per_token),
+            (theirs.num_local_experts, theirs.num_experts_per_tok) if experts else (0, 0),
+        ),
+        "routes": (ours.normed_routes, family != "qwen3_moe" or theirs.norm_topk_prob),
+        "their width": (
+            ours.expert_size,
+            getattr(theirs, "moe_intermediate_size", theirs.intermediate_size) if experts else 0,
+        ),
         "causal": (True, getattr(theirs, "is_causal", True)),
         "each layer": (False, theirs.is_heterogeneous),
     }

@@ -1,11 +1,22 @@
 """Adapters in the tree of parameters: off they are nothing, on they are a low-rank term."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models import Lora, add_scales, init_model, join, make_adapters, merge, split
+from spo_jax.models import (
+    Lora,
+    add_scales,
+    as_base,
+    init_model,
+    join,
+    make_adapters,
+    merge,
+    split,
+)
 from tests.models.tiny_models import HF_CONFIGS
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 
@@ -156,3 +167,15 @@ def test_the_backward_pass_finds_the_sum_saved_and_not_its_terms(remat):
     low = 7 * 2 * 8 * 17 * LORA.rank  # of each projection the narrow product
     assert plain > 0
     assert own <= plain + low
+
+
+def test_experts_get_no_adapters_and_say_so():
+    model = init_model(HF_CONFIGS["mixtral"])
+    params = model.init(jax.random.key(0))
+    everywhere = Lora(rank=2, alpha=4.0, targets=("*_proj",))
+    with pytest.raises(ValueError, match=r"has experts.*q_proj, k_proj"):
+        make_adapters(params, everywhere, jax.random.key(1))
+    attention = Lora(rank=2, alpha=4.0, targets=("q_proj", "o_proj"))
+    assert make_adapters(params, attention, jax.random.key(1))["layers"].keys() == {"attention"}
+    with pytest.raises(ValueError, match="experts are not stored in four bits"):
+        as_base(params, dataclasses.replace(attention, quantize="nf4"))

@@ -24,7 +24,7 @@ from spo_jax.models.tensor_files import read_header, read_index, write_file
 from tests.models.tiny_models import HF_CONFIGS, weights, write_folder
 
 
-@pytest.fixture(params=["llama_tied", "qwen3", "olmo2", "phi3", "gemma2"])
+@pytest.fixture(params=["llama_tied", "qwen3", "olmo2", "phi3", "gemma2", "mixtral"])
 def folder(request, tmp_path):
     return write_folder(tmp_path / "source", HF_CONFIGS[request.param])
 
@@ -78,11 +78,16 @@ def test_transformers_loads_the_export(folder, tmp_path):
     save_pretrained(
         tmp_path / "out", load_params(folder, model), model, source=folder, dtype="bfloat16"
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert theirs.dtype == torch.bfloat16
-    for name, array in weights(load_hf_config(folder)).items():
-        expected = torch.tensor(array).to(torch.bfloat16)
-        assert torch.equal(theirs.state_dict()[name], expected), name
+    theirs, expected = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, **dtype).state_dict()
+        for path, dtype in ((tmp_path / "out", {}), (folder, {"dtype": torch.bfloat16}))
+    )
+    assert theirs["model.norm.weight"].dtype == torch.bfloat16
+    assert theirs.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.items())
+    stored = weights(load_hf_config(folder))
+    for name in stored.keys() & theirs.keys():  # experts are stacked as they are read
+        assert torch.equal(theirs[name], torch.tensor(stored[name]).to(torch.bfloat16)), name
 
 
 @pytest.mark.eight_devices
@@ -91,7 +96,8 @@ def test_pieces_land_on_eight_devices(folder):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "model"))
 
     def rule(leaf):
-        axes = {1: (None,), 2: ("data", "model"), 3: (None, "data", "model")}[leaf.ndim]
+        axes = (*(None,) * (leaf.ndim - 2), "data", "model")[-leaf.ndim :]
+        axes = (None,) if leaf.ndim == 1 else axes
         fits = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, leaf.shape, strict=True)

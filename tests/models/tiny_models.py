@@ -144,6 +144,29 @@ HF_CONFIGS = {
         "sliding_window_pattern": 3,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "rope_theta": 10000.0,
+        "moe_intermediate_size": 12,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        **_SHAPE,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
 }
 
 

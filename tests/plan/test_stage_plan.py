@@ -13,7 +13,7 @@ from spo_jax.models import init_model
 from spo_jax.plan import CHIPS, describe_machine, plan_stage
 from spo_jax.plan.compiled import DoesNotFit, Rows, default_lengths
 from spo_jax.plan.counts import Unreadable
-from spo_jax.plan.estimate import EFFICIENCY, model_flops, roofline
+from spo_jax.plan.estimate import EFFICIENCY, count_parameters, model_flops, roofline
 from tests.tiny import ARCHITECTURE
 
 pytestmark = pytest.mark.eight_devices
@@ -293,6 +293,17 @@ def test_a_window_meets_fewer_keys():
                     for extra in ({"sliding_window": None}, window))  # fmt: skip
     rows = [Rows("sft", 1, 1, 2, 3)]
     assert model_flops(plain, rows) - model_flops(local, rows) == 3 * 2 * 4 * 16 * (15 - 9)
+
+
+def test_of_experts_those_are_counted_that_a_token_picks():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    moe = init_model({**MODEL, "model_type": "mixtral", **sizes})
+    dense = init_model({**MODEL, "model_type": "mistral", "sliding_window": None})
+    rows = [Rows("sft", 1, 1, 2, 3)]
+    router, one_more = 16 * 4, 3 * 16 * 32
+    assert model_flops(moe, rows) - model_flops(dense, rows) == 3 * 2 * 2 * 5 * (router + one_more)
+    extra = count_parameters(moe) - count_parameters(dense)
+    assert extra == 2 * (router + 3 * one_more)
 
 
 def test_default_lengths():

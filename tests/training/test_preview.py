@@ -162,3 +162,30 @@ def test_a_character_of_several_tokens_stands_at_its_last():
         return [bytes(ids).decode("utf-8", "replace") for ids in many]
 
     assert token_texts(list("aé".encode()), decode) == ["a", "", "é"]
+
+
+def test_the_policys_own_right_answers_are_shown_without_held_out_prompts(write, tmp_path):
+    path = write(PAIRS, objective={"inner_data": "own"}, data={"eval_fraction": 0.25})
+    _, error = look_at_data(load_config(path, {}), first_rows=1)
+    assert isinstance(error, FileNotFoundError)
+    assert "--keep-right" in str(error)
+    right = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    (tmp_path / "rows.right.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    facts, error = look_at_data(load_config(path, {}), first_rows=1)
+    assert error is None
+    own = facts["sections"]["own_answers"]
+    assert own["train"] == "rows.right.jsonl"
+    assert own["parts"]["train"]["rows"] == 24  # of 32, of which 8 are held out
+    stage = facts["stages"]["preference"]
+    assert (stage["inner_section"], stage["inner_batches"]["batches"]) == ("own_answers", 3)
+    assert "8 of own_answers" in preview_text(facts, colour=False)
+
+
+def test_what_the_policy_samples_later_is_said(write):
+    data = {"train": "builtin:arithmetic"}
+    path = write([], data=data, objective={"inner_data": "own"})
+    facts, error = look_at_data(load_config(path, {}), first_rows=1)
+    assert error is None
+    for name in ("data", "own_answers"):
+        assert "sample" in facts["sections"][name]["note"]
+        assert "parts" not in facts["sections"][name]
