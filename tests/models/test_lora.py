@@ -1,11 +1,22 @@
 """Adapters in the tree of parameters: off they are nothing, on they are a low-rank term."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spo_jax.models import Lora, add_scales, init_model, join, make_adapters, merge, split
+from spo_jax.models import (
+    Lora,
+    add_scales,
+    init_model,
+    join,
+    make_adapters,
+    merge,
+    split,
+    with_dropout,
+)
 from tests.models.tiny_models import HF_CONFIGS
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
 
@@ -156,3 +167,28 @@ def test_the_backward_pass_finds_the_sum_saved_and_not_its_terms(remat):
     low = 7 * 2 * 8 * 17 * LORA.rank  # of each projection the narrow product
     assert plain > 0
     assert own <= plain + low
+
+
+@pytest.mark.slow
+def test_dropout_leaves_inputs_of_the_terms_out_and_keeps_their_mean(tiny):
+    _, base, logprobs, batch = tiny
+    lora = dataclasses.replace(LORA, dropout=0.25)
+    whole = adapted(base, spread=0.02)
+    found = logprobs(whole, batch)
+    drawn = [logprobs(with_dropout(whole, lora, jax.random.key(seed)), batch) for seed in range(40)]
+    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-3
+    spread = np.std(drawn, axis=0).mean()
+    assert abs(np.mean(drawn, axis=0) - found).mean() < spread / 2
+    # Terms that are zero have nothing to leave out.
+    nothing = with_dropout(adapted(base), lora, jax.random.key(0))
+    np.testing.assert_array_equal(logprobs(nothing, batch), logprobs(base, batch))
+
+
+def test_every_layer_and_term_draws_by_a_key_of_its_own(tiny):
+    drawn = with_dropout(
+        adapted(tiny[1]), dataclasses.replace(LORA, dropout=0.5), jax.random.key(0)
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(drawn)
+    keys = [x for path, x in leaves if path[-1].key == "key"]
+    assert len({tuple(row) for x in keys for row in x.tolist()}) == 7 * 2
+    assert {float(v) for path, x in leaves if path[-1].key == "keep" for v in x} == {0.5}
