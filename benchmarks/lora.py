@@ -57,9 +57,9 @@ def make_side(model: Model, params: Params, lora: Lora | None, batch: BilevelBat
     logprobs, loss = make_logprobs_fn(model), make_preference_loss("dpo", beta=0.1)
 
     def bind(whole: Whole) -> Objective:
-        return make_objective(lambda params, rows: logprobs(whole(params), rows), loss)
+        return make_objective(lambda params, rows: logprobs(whole(params, rows), rows), loss)
 
-    objective, trained, stays = bind(lambda params: params), params, None
+    objective, trained, stays = bind(lambda params, _: params), params, None
     if lora is not None:
         objective = adapted_objective(bind, join)
         trained = make_adapters(params, lora, jax.random.key(1))

@@ -46,7 +46,7 @@ _ROWS: Mapping[str, Range] = {
 
 RANGES: Mapping[type, Mapping[str, Range]] = {
     ModelConfig: {"logprob_chunk": _COUNT},
-    LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE},
+    LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": _DECAY},
     DataConfig: _ROWS,
     PreferenceDataConfig: {**_ROWS, "drop_displacing": _SHARE},
     ObjectiveConfig: {

@@ -74,6 +74,7 @@ class LoraConfig:
     targets: tuple[str, ...] = _key(
         ("*_proj",), "projections that get one, by name or pattern: q_proj, gate_proj, *_proj"
     )
+    dropout: float = _key(0.0, "share of their inputs that an update leaves out, at random")
     quantize: Literal["nf4"] | None = _key(
         None, "the base's projections in 4 bits (QLoRA) (default: in model.param_dtype)"
     )

@@ -105,6 +105,8 @@ _KEYS = {
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
     (ALWAYS, "no dropout", "disable_dropout"),
+    (ALWAYS, "disable_dropout is on, there for adapters too; without it set lora.dropout",
+     "lora_dropout"),
     (ALWAYS, "token sums, losses and optimizer arithmetic are float32; tf32 is JAX's setting",
      "tf32 bf16_full_eval fp16_full_eval"),
     (ALWAYS, "completions keep their start", "truncation_mode"),
@@ -133,7 +135,6 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (ALWAYS, "each update a line in metrics.jsonl, written by one process",
      "logging_strategy logging_first_step log_on_each_node save_on_each_node"),
     (ALWAYS, "decoders have the task CAUSAL_LM", "lora_task_type"),
-    (NOT_YET, "dropout of adapters, which disable_dropout turns off there too", "lora_dropout"),
     (NOT_YET, "adapters of other matrices than projections; weights trained beside them",
      "lora_target_parameters lora_modules_to_save"),
     (NOT_YET, "quantized weights; with adapters set lora.quantize",

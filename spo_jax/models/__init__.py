@@ -9,7 +9,16 @@ from spo_jax.models.decoder import Model
 from spo_jax.models.families import FAMILIES
 from spo_jax.models.folders import load_hf_config, resolve_model_folder
 from spo_jax.models.hf_configs import decoder_config_from_hf, decoder_config_to_hf
-from spo_jax.models.lora import Lora, add_scales, as_base, join, make_adapters, merge, split
+from spo_jax.models.lora import (
+    Lora,
+    add_scales,
+    as_base,
+    join,
+    make_adapters,
+    merge,
+    split,
+    with_dropout,
+)
 from spo_jax.models.saving import save_pretrained
 from spo_jax.models.weights import WeightsError, init_model, load_model, load_params
 
@@ -39,4 +48,5 @@ __all__ = [
     "save_pretrained",
     "split",
     "take_rows",
+    "with_dropout",
 ]

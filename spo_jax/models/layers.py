@@ -83,6 +83,11 @@ class _Projecting(nn.Module):
     def _low_rank(self, rows, name: str):
         adapter = self.get_variable("params", name + LORA)
         dtype = self.execution.compute_dtype
+        if "key" in adapter:
+            kept = jax.random.bernoulli(
+                jax.random.wrap_key_data(adapter["key"]), adapter["keep"], rows.shape
+            )
+            rows = jnp.where(kept, rows / adapter["keep"].astype(rows.dtype), 0)
         inner = rows.astype(dtype) @ adapter["a"].astype(dtype)
         return (inner * adapter["scale"].astype(dtype)) @ adapter["b"].astype(dtype)
 

@@ -44,13 +44,15 @@ _TRAINED = ("a", "b")
 class Lora:
     """``targets`` are names of ``PROJECTIONS``, or patterns of them (``*_proj``).
 
-    ``quantize`` is what the base is stored as: ``nf4``, or ``None`` for its own dtype.
+    ``quantize`` is what the base is stored as: ``nf4``, or ``None`` for its own dtype. ``dropout``
+    is the share of a term's inputs that an update leaves out.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     quantize: str | None = None
+    dropout: float = 0.0
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -116,6 +118,25 @@ def add_scales(base: Params, lora: Lora) -> Params:
         scale = jnp.full((count,), lora.alpha / lora.rank, jnp.float32)
         scales.setdefault(block, {})[ours + LORA] = {"scale": scale}
     return join(base, {"layers": scales})
+
+
+def with_dropout(params: Params, lora: Lora, key: PRNGKeyArray) -> Params:
+    """``params`` whose terms leave inputs out, drawn by ``key``; each layer and term by its own."""
+
+    def layers(tree: Params, key: PRNGKeyArray) -> Params:
+        found = {}
+        for number, (name, value) in enumerate(tree.items()):
+            own = jax.random.fold_in(key, number)
+            if name.endswith(LORA):
+                count = value["scale"].shape[0]
+                keys = jax.random.key_data(jax.random.split(own, count))
+                value = {**value, "key": keys, "keep": jnp.full((count,), 1 - lora.dropout)}
+            elif isinstance(value, Mapping):
+                value = layers(value, own)
+            found[name] = value
+        return found
+
+    return {**params, "layers": layers(params["layers"], key)}
 
 
 def split(params: Params) -> tuple[Params, Params | None]:

@@ -40,7 +40,7 @@ class AdapterRun(NamedTuple):
 def lora_of(config: LoraConfig) -> Lora:
     """The adapters that a section ``lora`` with a rank asks for."""
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    return Lora(config.rank, alpha, config.targets, config.quantize)
+    return Lora(config.rank, alpha, config.targets, config.quantize, config.dropout)
 
 
 def adapted(params: Params, config: LoraConfig, mesh: Mesh, *, seed: int) -> Params:

@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh, Mesh
 from spo_jax.config.choices import solver_uses, uses_gap
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
-from spo_jax.models import Model, join
+from spo_jax.models import Model, join, with_dropout
 from spo_jax.objective import Objective, make_head_gradients, make_objective
 from spo_jax.objective.adapted import OnBase, Whole, adapted_objective
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
+from spo_jax.policies.adapters import lora_of
 from spo_jax.policies.loading import logit_rows, token_logprobs_of
 from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
@@ -142,16 +143,21 @@ def _objective(
         gradients = make_head_gradients(model, chunk_tokens=logit_rows(config.model, model, mesh))
 
     def bind(whole: Whole) -> Objective:
+        def head_gradients(params, batch, *rest):
+            return gradients(whole(params, batch), batch, *rest)
+
         return make_objective(
-            lambda params, batch: logprobs(whole(params), batch),
+            lambda params, batch: logprobs(whole(params, batch), batch),
             micro_batches=loop.gradient_accumulation,
-            head_gradients=gradients and (lambda params, *rest: gradients(whole(params), *rest)),
+            head_gradients=None if gradients is None else head_gradients,
             **options,
         )
 
-    return (
-        bind(lambda params: params) if config.lora.rank is None else adapted_objective(bind, join)
-    )
+    if config.lora.rank is None:
+        return bind(lambda params, _: params)
+    lora = lora_of(config.lora)
+    drop = partial(with_dropout, lora=lora) if lora.dropout else None
+    return adapted_objective(bind, join, drop)
 
 
 def make_chain(config: OptimizerConfig, steps: int):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spo_jax.objective.adapted import OnBase
 from spo_jax.objective.levels import Objective, Tracked
 from spo_jax.parallel.mesh import tree_shardings
 from spo_jax.solvers import INNER, OUTER, Solver, all_finite
@@ -30,6 +31,8 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
+        if isinstance(reference_params, OnBase):  # its dropout draws anew in every update
+            reference_params = reference_params._replace(key=state.key)
         before = objective.prepare(state.objective, state.solver.params, batch, reference_params)
         levels = objective.levels(before, reference_params)
         solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)

@@ -205,7 +205,7 @@ def test_what_is_refused_is_named(made, trainer, given, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"use_peft": True, "lora_dropout": 0.1}, "lora_dropout=0.1: not here yet: dropout of"),
+        ({"use_peft": True, "lora_dropout": 0.1}, "lora_dropout=0.1: always so here: disable_"),
         ({"lora_r": 8}, "lora_r=8: without effect in TRL beside the other settings"),
         ({"push_to_hub": False}, "push_to_hub=False: no counterpart"),
         ({"disable_dropout": True}, "always so here"),
@@ -311,8 +311,8 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--trainer", "dpo", "--devices", "2"]) == 0
     said = capsys.readouterr()
     assert said.err == (
-        "not carried: lora_dropout=0.1: not here yet: dropout of adapters, which disable_dropout "
-        "turns off there too\n"
+        "not carried: lora_dropout=0.1: always so here: disable_dropout is on, there for adapters "
+        "too; without it set lora.dropout\n"
     )
     assert load_config(out).train.batch_size == 16
     assert main([*words, "--trainer", "dpo"]) == 2

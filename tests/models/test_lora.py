@@ -16,6 +16,7 @@ from spo_jax.models import (
     make_adapters,
     merge,
     split,
+    with_dropout,
 )
 from tests.models.tiny_models import HF_CONFIGS
 from tests.tiny import random_batch, tiny_logprobs, tiny_model, tiny_params
@@ -179,3 +180,28 @@ def test_experts_get_no_adapters_and_say_so():
     assert make_adapters(params, attention, jax.random.key(1))["layers"].keys() == {"attention"}
     with pytest.raises(ValueError, match="experts are not stored in four bits"):
         as_base(params, dataclasses.replace(attention, quantize="nf4"))
+
+
+@pytest.mark.slow
+def test_dropout_leaves_inputs_of_the_terms_out_and_keeps_their_mean(tiny):
+    _, base, logprobs, batch = tiny
+    lora = dataclasses.replace(LORA, dropout=0.25)
+    whole = adapted(base, spread=0.02)
+    found = logprobs(whole, batch)
+    drawn = [logprobs(with_dropout(whole, lora, jax.random.key(seed)), batch) for seed in range(40)]
+    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-3
+    spread = np.std(drawn, axis=0).mean()
+    assert abs(np.mean(drawn, axis=0) - found).mean() < spread / 2
+    # Terms that are zero have nothing to leave out.
+    nothing = with_dropout(adapted(base), lora, jax.random.key(0))
+    np.testing.assert_array_equal(logprobs(nothing, batch), logprobs(base, batch))
+
+
+def test_every_layer_and_term_draws_by_a_key_of_its_own(tiny):
+    drawn = with_dropout(
+        adapted(tiny[1]), dataclasses.replace(LORA, dropout=0.5), jax.random.key(0)
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(drawn)
+    keys = [x for path, x in leaves if path[-1].key == "key"]
+    assert len({tuple(row) for x in keys for row in x.tolist()}) == 7 * 2
+    assert {float(v) for path, x in leaves if path[-1].key == "keep" for v in x} == {0.5}

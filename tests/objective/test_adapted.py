@@ -31,9 +31,9 @@ def join(base, trained):
     return base | {"mix": base["mix"] + trained["mix"]}
 
 
-def make(whole=lambda params: params, **options):
+def make(whole=lambda params, _: params, **options):
     loss = make_preference_loss("dpo", beta=0.5)
-    return make_objective(lambda params, b: LOGPROBS(whole(params), b), loss, **options)
+    return make_objective(lambda params, b: LOGPROBS(whole(params, b), b), loss, **options)
 
 
 def close(left, right):
@@ -74,7 +74,7 @@ def test_every_solver_takes_the_steps_it_takes_where_the_base_is_compiled_in(nam
     inner_data = "chosen" if name == "preference_only" else "sft"
     options = {"reference": "online", "micro_batches": 2, "inner_data": inner_data}
     own = adapted_objective(lambda whole: make(whole, **options), join)
-    fixed = make(lambda trained: join(BASE, trained), **options)
+    fixed = make(lambda trained, _: join(BASE, trained), **options)
     solver = make_solver(
         name, outer=optax.adam(0.02, eps=1e-2), inner=optax.sgd(0.1), steps=3,
         **OPTIONS.get(name, {}),
@@ -101,7 +101,7 @@ def test_an_unrolled_step_differentiates_the_gradient_of_a_decoders_adapters():
     logprobs, loss = tiny_logprobs(model), make_preference_loss("dpo", beta=0.5)
 
     def bind(put):
-        return make_objective(lambda params, rows: logprobs(put(params), rows), loss)
+        return make_objective(lambda params, rows: logprobs(put(params, rows), rows), loss)
 
     solver = make_solver(
         "unrolled", outer=optax.adam(0.02, eps=1e-2), inner=optax.sgd(0.1), steps=1, inner_steps=2
@@ -109,7 +109,7 @@ def test_an_unrolled_step_differentiates_the_gradient_of_a_decoders_adapters():
     found = []
     for objective, stays in (
         (adapted_objective(bind, models.join), OnBase(base)),
-        (bind(lambda params: models.join(base, params)), None),
+        (bind(lambda params, _: models.join(base, params)), None),
     ):
         step = make_train_step(objective, solver, schedule=optax.constant_schedule(0.02))
         state = init_state(solver, objective, trained, np.zeros(2, np.uint32))
@@ -136,3 +136,49 @@ def test_the_base_is_an_argument_of_the_update_and_not_in_its_state():
     assert step._cache_size() == 1
     assert metrics["loss"] != other["loss"]
     assert bool(jnp.any(after.solver.params["mix"] != again.solver.params["mix"]))
+
+
+@pytest.mark.slow
+def test_dropout_is_of_the_policy_and_of_updates_alone():
+    """One within an update, another in the next one; the reference and evaluation have none."""
+
+    def drop(whole, *, key):
+        return whole | {"mix": whole["mix"] * jax.random.bernoulli(key, 0.5, (8, 8))}
+
+    own = adapted_objective(lambda whole: make(whole, reference="online"), join, drop)
+    fixed = adapted_objective(lambda whole: make(whole, reference="online"), join)
+    batch, keys = BilevelBatch(random_batch()), jax.random.split(jax.random.key(0), 2)
+    stays = [OnBase(BASE, TRAINED, jax.random.key_data(key)) for key in keys]
+
+    @jax.jit
+    def metrics(frozen):
+        levels = own.levels(own.init(), frozen)
+        return levels.both(TRAINED, batch)[1][0]
+
+    first, again, second = (metrics(x) for x in (stays[0], stays[0], stays[1]))
+    close(first, again)
+    assert abs(first["logprobs/chosen"] - second["logprobs/chosen"]) > 1e-2
+    # Policy and reference are the same adapters: only the policy's terms leave something out.
+    frozen = [m["logprobs/chosen"] - m["log_ratio/chosen"] for m in (first, second)]
+    np.testing.assert_allclose(*frozen, rtol=1e-5)
+    rest = batch, count(batch), own.init()
+    judged = [jax.jit(x.evaluate)(TRAINED, *rest, stays[0]).metrics for x in (own, fixed)]
+    close(*judged)
+    assert abs(judged[0]["log_ratio/chosen"]) < 1e-5
+
+
+def test_the_key_of_dropout_is_that_of_the_state():
+    keys = []
+
+    def drop(whole, *, key):
+        jax.debug.callback(lambda data: keys.append(data.tolist()), jax.random.key_data(key))
+        return whole
+
+    own = adapted_objective(make, join, drop)
+    solver = make_penalty(outer=optax.sgd(0.1), penalty_weight=1.0)
+    step = jax.jit(make_train_step(own, solver, schedule=optax.constant_schedule(0.1)))
+    state = init_state(solver, own, TRAINED, np.zeros(2, np.uint32))
+    for _ in range(2):
+        state, _ = step(state, BilevelBatch(random_batch()), OnBase(BASE))
+    jax.effects_barrier()
+    assert len({tuple(key) for key in keys}) == 2

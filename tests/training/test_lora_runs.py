@@ -250,3 +250,19 @@ def test_a_base_in_four_bits(base, tmp_path):
     np.testing.assert_allclose(found["k"]["kernel"], dequantize(stored), atol=1e-6)  # no target
     q = found["q"]["kernel"] - dequantize(policy.params["layers"]["attention"]["q"])
     assert np.linalg.matrix_rank(np.asarray(q[0]), tol=1e-5) == 3
+
+
+@pytest.mark.long
+def test_dropout_goes_on_where_it_was(base, tmp_path):
+    """It draws by the key that the checkpoint holds: 2 + 2 updates are 4, bit for bit."""
+    tree = tree_of(base, tmp_path / "run", stages=["preference"], lora={"dropout": 0.2})
+    for section in ("sft", "sft_data", "sft_optimizer"):
+        del tree[section]
+    train(checked_config(tree), mesh=two())
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    train(checked_config(tree | {"output_dir": str(tmp_path / "again")}), mesh=two(), resume=True)
+    assert same(state_of(tmp_path / "again", 4)[0], state_of(tmp_path / "run", 4)[0])
+    plain = tree | {"output_dir": str(tmp_path / "plain"), "lora": tree["lora"] | {"dropout": 0.0}}
+    train(checked_config(plain), mesh=two())
+    assert not same(state_of(tmp_path / "plain", 4)[0], state_of(tmp_path / "run", 4)[0])
