@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from spo_jax.models import load_model, load_params
-from tests.models.tiny_models import HF_CONFIGS, write_folder
+from spo_jax.models import Execution, load_model, load_params
+from spo_jax.objective import make_logprobs_fn
+from spo_jax.parallel.mesh import make_mesh, tree_shardings
+from spo_jax.types import CompletionBatch
+from tests.models.tiny_models import HF_CONFIGS, padded_tokens, write_folder
 
 PROMPT, COMPLETION, PADDING = 7, 5, 3
 LLAMA_LIKE = ("llama", "llama_tied", "mistral", "qwen2", "qwen3")
@@ -75,3 +79,40 @@ def test_the_cache_gives_the_states_of_the_full_forward(loaded, rows, states):
     for t in range(COMPLETION):
         hidden, cache = step(prepared, cache, completions[:, 1, t])
         np.testing.assert_allclose(hidden[0], expected[t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mixtral", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("olmo2", "phi3", "gemma2")),
+    ],
+)
+def test_eight_devices_compute_what_one_does(name, tmp_path):
+    folder = write_folder(tmp_path, HF_CONFIGS[name])
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    tokens, mask = padded_tokens(2, [8, 3, 5, 8], 8)
+    batch = CompletionBatch(
+        prompt_tokens=jnp.asarray(tokens),
+        prompt_mask=jnp.asarray(mask),
+        completion_tokens=jnp.asarray(tokens.reshape(4, 2, 4)),
+        completion_mask=jnp.ones((4, 2, 4), bool),
+        row_ids=jnp.arange(4),
+    )
+    found = []
+    for on in (mesh, None):
+        model = load_model(folder, Execution(mesh=on))
+        shardings = None if on is None else tree_shardings(model.abstract_params(), on)
+        params = load_params(folder, model, shardings)
+        logprobs = make_logprobs_fn(model)
+        value = jax.jit(jax.value_and_grad(lambda p, f=logprobs: jnp.sum(f(p, batch) ** 2)))
+        found.append(jax.tree.leaves(value(params)))
+        if on is not None and name == "mixtral":
+            specs = jax.tree.map(lambda x: x.sharding.spec, params["layers"]["experts"])
+            assert specs["gate"]["kernel"] == P(None, None, "fsdp", "tensor")
+            assert specs["down"]["kernel"] == P(None, None, "tensor", "fsdp")
+            assert specs["router"]["kernel"] == P(None, "fsdp")
+    for cut, whole in zip(*found, strict=True):
+        scale = float(jnp.abs(whole).max())
+        np.testing.assert_allclose(cut, whole, rtol=1e-4, atol=1e-4 * (1 + scale))
