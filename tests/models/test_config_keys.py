@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -21,7 +22,7 @@ def test_what_transformers_writes_is_read(name, whole):
     """Also with what its configuration class adds to a model's own keys."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**HF_CONFIGS[name])
+    config = transformers.AutoConfig.for_model(**copy.deepcopy(HF_CONFIGS[name]))
     written = json.loads(config.to_json_string(use_diff=not whole))
     assert decoder_config_from_hf(written) == decoder_config_from_hf(HF_CONFIGS[name])
 
@@ -37,7 +38,7 @@ def test_absent_keys_are_what_transformers_takes(model_type):
         "num_hidden_layers": 3,
         "num_attention_heads": 32,
     }
-    config = transformers.AutoConfig.for_model(model_type, **shape)
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(shape))
     ours = decoder_config_from_hf({"model_type": model_type, **shape, "head_dim": 2})
     assert ours.num_kv_heads == config.num_key_value_heads
     assert ours.rms_norm_eps == config.rms_norm_eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import jax
@@ -42,7 +43,7 @@ def test_parameters_are_counted_as_transformers_does(name):
     import transformers
 
     with torch.device("meta"):
-        config = transformers.AutoConfig.for_model(**HF_CONFIGS[name])
+        config = transformers.AutoConfig.for_model(**copy.deepcopy(HF_CONFIGS[name]))
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     assert count_parameters(init_model(HF_CONFIGS[name])) == theirs.num_parameters()
 

@@ -24,7 +24,12 @@ from spo_jax.models.tensor_files import read_header, read_index, write_file
 from tests.models.tiny_models import HF_CONFIGS, weights, write_folder
 
 
-@pytest.fixture(params=["llama_tied", "qwen3", "olmo2", "phi3", "gemma2", "mixtral"])
+@pytest.fixture(
+    params=[
+        *("llama_tied", "qwen3", "smollm3", "olmo2", "phi3", "gemma2", "gemma3"),
+        *("qwen3_moe", "mixtral"),
+    ]
+)
 def folder(request, tmp_path):
     return write_folder(tmp_path / "source", HF_CONFIGS[request.param])
 
