@@ -39,6 +39,7 @@ SIDES = {
     "preference_only": ("chosen", {}),
     "penalty": ("chosen", {}),
     "penalty, squared hinge": ("chosen", {"penalty": "squared_hinge"}),
+    "penalty, hinge, tracked": ("chosen", {"penalty": "hinge"}),
     "primal_dual": ("chosen", {}),
     "dynamic_barrier": ("chosen", {}),
     "projected": ("chosen", {}),
@@ -138,8 +139,10 @@ def main() -> None:
 def make_problem(name: str, inner_data: str, extra: dict, logprobs):
     """The update of one solver and ``(params, key) -> state``."""
     loss = make_preference_loss("dpo", beta=0.1)
-    objective = make_objective(logprobs, loss, inner_data=inner_data)
     chains = {"outer": optax.adamw(1e-6), "inner": optax.sgd(1e-3)}
+    tracked = {"inner_value": "tracked", "inner": chains["inner"], "tracked_steps": 1}
+    options = tracked if "tracked" in name else {}
+    objective = make_objective(logprobs, loss, inner_data=inner_data, **options)
     solver = make_solver(name.split(",")[0], **chains, **extra)
     step = make_train_step(objective, solver, schedule=optax.constant_schedule(1e-6))
     return step, partial(init_state, solver, objective)

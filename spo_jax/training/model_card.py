@@ -24,8 +24,8 @@ from spo_jax.training.starts import read_starts
 CARD_FILE = "README.md"
 
 _SPO = "[arXiv 2507.07723](https://arxiv.org/abs/2507.07723)"
-_OF_PAIRS = ("loss", "objective", "solver", "outer", "inner", "train", "data")
-_OF_SFT = ("sft_optimizer", "sft", "sft_data")
+_OF_PAIRS = ("lora", "loss", "objective", "solver", "outer", "inner", "train", "data")
+_OF_SFT = ("lora", "sft_optimizer", "sft", "sft_data")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -202,7 +202,7 @@ def _number(value: float | None) -> str:
 def _settings(tree: Mapping[str, Any], stage: str) -> str:
     names = _OF_SFT if stage == "sft" else _OF_PAIRS
     if stage != "sft" and "sft" in tree["stages"]:
-        names = (*_OF_SFT, *names)
+        names = dict.fromkeys((*_OF_SFT, *names))
     shown = {k: _without_paths(tree[k]) for k in names if tree.get(k) is not None}
     return f"## Settings\n\n```yaml\n{_yaml({'seed': tree.get('seed'), **shown})}```"
 

@@ -119,7 +119,7 @@ def test_labels_follow_their_rows_to_both_sides_of_a_split(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = Recipe("unpaired", 8, 8, eval_fraction=0.4)
-    parts, _ = tokenize_records(load_records(path), make_char_tokenizer(), recipe)
+    parts, *_ = tokenize_records(load_records(path), make_char_tokenizer(), recipe)
     assert [len(part) for part in parts] == [12, 8]
     for part in parts:
         assert part.desirable.tolist() == [i % 3 == 0 for i in part.source_rows]

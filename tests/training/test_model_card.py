@@ -51,6 +51,7 @@ def test_method_license_settings_and_no_path_of_this_machine(tmp_path, base):
         loss={"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5},
         reference={"mode": "none"},
         objective={"inner_value": "running_min"},
+        lora={"rank": 4},
     )
     (run / "inputs.json").write_text(json.dumps({"data.train": {"pairs.jsonl": "ab12"}}))
     front, text = make(run)
@@ -68,6 +69,7 @@ def test_method_license_settings_and_no_path_of_this_machine(tmp_path, base):
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert settings["loss"] == {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
     assert settings["outer"]["learning_rate"] == 1e-5
+    assert settings["lora"]["rank"] == 4
     assert str(tmp_path) not in text
     assert "secret" not in text
 
