@@ -368,14 +368,19 @@ def test_a_kill_at_any_byte_shows_not_at_all(make, tmp_path):
     assert torn.read_bytes() == whole.read_bytes()
 
 
-def test_a_kill_between_the_last_two_steps(make, tmp_path, monkeypatch):
-    out, copy = tmp_path / "pairs.jsonl", tmp_path / "copy"
+def keep_the_partial_file(monkeypatch, copy):
+    """As a kill behind the last steps but one would leave it."""
     finish = PairFile.finish
     monkeypatch.setattr(
         PairFile,
         "finish",
         lambda self, told: (shutil.copy(self.partial, copy), finish(self, told)),
     )
+
+
+def test_a_kill_between_the_last_two_steps(make, tmp_path, monkeypatch):
+    out, copy = tmp_path / "pairs.jsonl", tmp_path / "copy"
+    keep_the_partial_file(monkeypatch, copy)
     make(out)
     content, partial = out.read_bytes(), out.with_name(out.name + PARTIAL)
     shutil.copy(copy, partial)

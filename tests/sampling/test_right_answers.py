@@ -10,7 +10,7 @@ import pytest
 from spo_jax.cli import main
 from spo_jax.config.validation import checked_config
 from spo_jax.sampling.make_pairs import Problem, right_path
-from spo_jax.sampling.make_pairs.journal import PARTIAL, PairFile
+from spo_jax.sampling.make_pairs.journal import PARTIAL
 from spo_jax.sampling.make_pairs.pairing import right_row
 from spo_jax.tasks import arithmetic
 from spo_jax.training.own_answers import own_answers, without_heldout
@@ -20,6 +20,7 @@ from tests.sampling.test_make_pairs import (
     GOLD,
     SETTINGS,
     Sampler,
+    keep_the_partial_file,
     make,
     read,
     right,
@@ -69,12 +70,7 @@ def test_a_stopped_call_goes_on(make, tmp_path, fails_at):
 
 def test_a_kill_between_the_last_steps(make, tmp_path, monkeypatch):
     out, copy = tmp_path / "pairs.jsonl", tmp_path / "copy"
-    finish = PairFile.finish
-    monkeypatch.setattr(
-        PairFile,
-        "finish",
-        lambda self, told: (shutil.copy(self.partial, copy), finish(self, told)),
-    )
+    keep_the_partial_file(monkeypatch, copy)
     make(out, settings=KEEP)
     content, partial = right_path(out).read_bytes(), out.with_name(out.name + PARTIAL)
     out.unlink()
