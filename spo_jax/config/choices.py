@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -155,24 +156,38 @@ def _unweighted(member: Mapping[str, Any]) -> Named:
 def _check_one_loss(key: str, loss: Named) -> None:
     fn = loss_function(loss.name, key)
     check_options(key, loss, fn, more=_wrappers(fn))
-    # What a loss says of its settings' ranges, before a model is read. Shapes alone: to check a
-    # configuration is no reason to take a device, and memory of it.
+    options = tuple((k, type(v), v) for k, v in loss.options.items())  # 1 is not True
+    try:
+        reason = _refusal(loss.name, options)
+    except TypeError:  # an option that is a list or a mapping
+        reason = _refusal.__wrapped__(loss.name, options)
+    if reason is not None:
+        raise ConfigError(f"{key}.{reason}")
+
+
+@functools.lru_cache(maxsize=256)  # the cells of a study share few losses
+def _refusal(name: str, options: tuple[tuple[str, type, Any], ...]) -> str | None:
+    """What a loss says of its settings' ranges, before a model is read.
+
+    Shapes alone: to check a configuration is no reason to take a device, and memory of it.
+    """
     scalar = jax.ShapeDtypeStruct((1,), jnp.float32)
     pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
     try:
-        bound = bound_loss(loss)
-        if loss.name not in _KNOWN:  # one's own may do as it likes
-            return
+        bound = bound_loss(Named(name, {k: v for k, _, v in options}))
+        if name not in _KNOWN:  # one's own may do as it likes
+            return None
         if bound.unpaired:
             rows = UnpairedLogprobs(scalar, jax.ShapeDtypeStruct((1,), jnp.bool_))
             jax.eval_shape(bound.loss, rows, rows, kl=jax.ShapeDtypeStruct((), jnp.float32))
             jax.eval_shape(bound.rewards, rows, rows)
-            return
-        sums = dict.fromkeys(bound.excess_weights, (pair, pair))
-        jax.eval_shape(bound.loss, pair, pair, statistics, desensitized=sums)
-        jax.eval_shape(bound.rewards, pair, pair)
+        else:
+            sums = dict.fromkeys(bound.excess_weights, (pair, pair))
+            jax.eval_shape(bound.loss, pair, pair, statistics, desensitized=sums)
+            jax.eval_shape(bound.rewards, pair, pair)
     except ValueError as error:
-        raise ConfigError(f"{key}.{error}") from None
+        return str(error)
+    return None
 
 
 def choices() -> dict[str, dict[str, dict[str, Any]]]:

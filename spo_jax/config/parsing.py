@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import functools
 import re
 import types
 import typing
@@ -225,7 +226,7 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
             base = getattr(Config(), name)
             return Named(base.name, {**base.options, **tree})
         return Named(str(tree["name"]), {k: v for k, v in tree.items() if k != "name"})
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     values = {}
     for key, value in tree.items():
@@ -241,6 +242,11 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
             values[key] = _coerce(value, hint, f"{prefix}{key}")
     default = getattr(Config(), prefix[:-1]) if prefix and prefix.count(".") == 1 else None
     return dataclasses.replace(default, **values) if default is not None else kind(**values)
+
+
+@functools.cache  # a study builds hundreds of configurations
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
