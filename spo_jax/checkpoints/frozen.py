@@ -14,7 +14,7 @@ from spo_jax.checkpoints.atomic import replace_text
 from spo_jax.checkpoints.checksums import checksums, path_name
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
 from spo_jax.checkpoints.reading import abstract, cast_like, retyped
-from spo_jax.checkpoints.writing import tree_bytes
+from spo_jax.checkpoints.writing import state_handler, tree_bytes
 from spo_jax.parallel.processes import by_first, gathered
 from spo_jax.types import Params
 
@@ -41,8 +41,8 @@ def save_reference(folder: Path, params: Params) -> None:
     sums = checksums(params)
     # Before the parameters: where these are, their checksums are.
     by_first(lambda: replace_text(target.parent / CHECKSUMS, json.dumps(sums)))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(target, params)
+    with ocp.Checkpointer(state_handler()) as checkpointer:
+        checkpointer.save(target, args=ocp.args.PyTreeSave(params))
 
 
 def load_reference(folder: Path, like: Params) -> Params:

@@ -30,7 +30,7 @@ LEAST_SLICE = 2**18
 """Bytes that a device writes at least where several hold a copy of an array and share it out."""
 
 
-def _state_handler() -> ocp.PyTreeCheckpointHandler:
+def state_handler() -> ocp.PyTreeCheckpointHandler:
     """Orbax's own, which would cut every array over its copies: of small ones, hundreds of slices
     that the training loop waits for."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SLICE)
@@ -58,7 +58,7 @@ class Checkpoints(CheckpointReader):
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "data", "run"),
-            item_handlers={"state": _state_handler()},
+            item_handlers={"state": state_handler()},
         )
 
     def save(self, step: int, state: Any, data: dict[str, Any], run: dict[str, Any]) -> None:
