@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from spo_jax.losses.bounds import check_bounds
 from spo_jax.losses.contract import PairLogprobs, PreferenceLoss, UnpairedLogprobs
 from spo_jax.losses.margins import (
     alphapo_loss,
@@ -190,8 +191,8 @@ def make_preference_loss(
     unpaired completions; a keyword ``progress`` goes from 0 to 1 over the run.
 
     Raises:
-        ValueError: an unknown name, a hyper-parameter the loss does not take, or a
-            required one that is missing.
+        ValueError: an unknown name, a hyper-parameter the loss does not take, a
+            required one that is missing, or a value that makes no sense (of the table's losses).
     """
     if isinstance(loss, str):
         known = LOSSES | UNPAIRED_LOSSES
@@ -209,6 +210,8 @@ def make_preference_loss(
     missing = [k for k, d in accepted.items() if d is inspect.Parameter.empty and k not in hyper]
     if missing:
         raise ValueError(f"loss {name!r} needs {', '.join(missing)}: the paper has no default")
+    if isinstance(loss, str):  # one of one's own may mean something else by a name
+        check_bounds(hyper)
 
     arity = len(_positional(fn))
     context = [k for k in CONTEXT if k in inspect.signature(fn).parameters]
