@@ -78,14 +78,14 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items):
-    """Of a wide table all cases but the first are slow; the longest files come first."""
+    """Of a wide table all cases but the first are long; the longest files come first."""
     begun = set()
     for item in items:
         if item.get_closest_marker("wide") is None:
             continue
         table = item.nodeid.partition("[")[0]
         if table in begun:
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.long)
         begun.add(table)
 
     def place(item):

@@ -155,7 +155,7 @@ def check_record(record):
     assert min(record["rate"], record["peak_bytes"], *record["seconds"]) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_side_is_written_down_shown_and_not_run_again(script, tmp_path, capsys):
     accelerator, file = script("accelerator"), tmp_path / "found.jsonl"
     words = [*TINY, "--json", str(file), "--sides", "ours"]
@@ -193,7 +193,7 @@ def test_all_our_sides_run_and_agree(script, tmp_path):
     assert records["ours + penalty"]["losses"][1] != records["ours"]["losses"][1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL")
 def test_trls_side_runs(script, tmp_path):
     file = tmp_path / "found.jsonl"
@@ -257,7 +257,7 @@ def test_a_profile_is_of_our_sides(script, capsys):
 # The sides of peers.py, the steps of tpu_step.py
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_our_sides_beside_peers_run_and_agree(script, tmp_path, capsys):
     sides = ["ours online", "ours precomputed"]
     script("peers").main(
@@ -277,7 +277,7 @@ def test_our_sides_beside_peers_run_and_agree(script, tmp_path, capsys):
         assert min(row[k] for k in ("seconds", "tokens_per_second", "peak_bytes", "share")) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_usual_step_computes_and_holds_more(script, tmp_path, capsys):
     tpu_step, sides = script("tpu_step"), script("step_sides")
     (tmp_path / "small.json").write_text(json.dumps(sides.llama_config(64, 2, 4096)))
@@ -307,7 +307,7 @@ def test_a_step_that_the_compiler_refuses_is_a_line(script):
 # lora.py
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_are_timed_beside_all_weights(script, capsys):
     words = "--model tiny --shape 4/4 --pairs 2 --rank 2 --steps 1"
     script("lora").main(words.split())
@@ -332,7 +332,7 @@ def test_useful_tokens_end_with_the_first_stop_id(script):
     assert script("generation").useful_tokens(drawn, (1, 2)) == 2 + 1 + 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_generation_is_timed_beside_its_limits(script, tmp_path, capsys):
     folder = write_folder(tmp_path, HF_CONFIGS["llama"])
     words = f"--model {folder} --batch 3 --dtype float32 --prompt 4 --new 3 --long 6 --mean 2"
@@ -369,7 +369,7 @@ def test_padding_counts_what_is_laid_out(script):
     assert packed.laid_out < 0.8 * plain.laid_out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cost_of_a_token_is_drawn(script, tmp_path, capsys):
     picture = tmp_path / "cost.png"
     words = "--pairs 1 2 --tokens 16 32 --hidden 64 --layers 1 --repeats 1"

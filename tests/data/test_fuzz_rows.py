@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from spo_jax.cli import _is_ours
@@ -304,11 +304,22 @@ def check_tokens(tokens: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=1000)
+@settings(FUZZ, max_examples=120)
 @given(files(), st.sampled_from(sorted(TOKENIZERS)))
 def test_rows_come_out_or_an_error_says_why(tmp_path_factory, fuzzed, style):
+    check_a_file(tmp_path_factory, fuzzed, TOKENIZERS[style])
+
+
+@pytest.mark.long
+@seed(1)
+@settings(FUZZ, max_examples=900)
+@given(files(), st.sampled_from(sorted(TOKENIZERS)))
+def test_rows_of_many_more_files(tmp_path_factory, fuzzed, style):
+    check_a_file(tmp_path_factory, fuzzed, TOKENIZERS[style])
+
+
+def check_a_file(tmp_path_factory, fuzzed, tokenizer):
     kind, layout, lines, flags = fuzzed
-    tokenizer = TOKENIZERS[style]
     path = written(_folder(tmp_path_factory), lines, flags)
     found = skipping(path, kind, tokenizer)
     # Spoiled rows may bring columns of another layout: then what is well here is not well there.

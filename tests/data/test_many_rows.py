@@ -32,7 +32,7 @@ def test_pairs_are_of_the_kind_they_say(many_rows, tmp_path):
     assert max(words) > 500
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_starts_are_measured(many_rows, tmp_path, capsys):
     make_char_tokenizer(template=CHATML).save_pretrained(tmp_path / "tokenizer")
     tokenizer = str(tmp_path / "tokenizer")

@@ -78,7 +78,7 @@ def flat(tree):
 # The law
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_terms_against_gradients_by_hand(bench):
     params, pairs = bench
     found = law_of(params, pairs)
@@ -112,6 +112,13 @@ def test_coefficients_of_dpo():
     np.testing.assert_allclose(found, [[0.1 / (1 + math.exp(0.2))]] * 2, rtol=1e-6)
 
 
+def sums_of(params, pair):
+    return completion_logprobs(LOGPROBS, params, pair)[0]
+
+
+gradients_of = jax.jit(jax.jacrev(sums_of))  # no loss is in it: one program for all
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.long
 def test_rates_are_the_derivative_of_a_step_on_any_loss(bench, name):
@@ -123,20 +130,19 @@ def test_rates_are_the_derivative_of_a_step_on_any_loss(bench, name):
         moments = jnp.array(0.3), jnp.array(0.5)
         statistics = alphadpo_update_statistics(alphadpo_init_statistics(), *moments)
     found = law_of(params, pairs, loss, statistics)
-    lengths = jnp.sum(pairs.completion_mask, axis=-1, dtype=jnp.float32)
+    mean = jnp.mean(jnp.sum(pairs.completion_mask[:, 0], axis=-1, dtype=jnp.float32))
 
-    def sums(p, row):
-        return completion_logprobs(LOGPROBS, p, jax.tree.map(lambda x: x[row : row + 1], pairs))[0]
-
-    def value(p, row):
-        policy = PairLogprobs(*sums(p, row)[:, None], *lengths[row][:, None])
-        frozen = PairLogprobs(*pairs.reference_logprobs[row][:, None], *lengths[row][:, None])
-        mean = jnp.mean(lengths[:, 0])
+    @jax.jit
+    @jax.grad
+    def step_of(params, pair):
+        lengths = jnp.sum(pair.completion_mask[0], axis=-1, dtype=jnp.float32)[:, None]
+        policy = PairLogprobs(*sums_of(params, pair)[:, None], *lengths)
+        frozen = PairLogprobs(*pair.reference_logprobs[0][:, None], *lengths)
         return loss.loss(policy, frozen, statistics, mean_chosen_length=mean)[0]
 
     for row in range(2):
-        step = -flat(jax.grad(value)(params, row))
-        gradients = jax.jacrev(sums)(params, row)
+        pair = jax.tree.map(lambda x, row=row: x[row : row + 1], pairs)
+        step, gradients = -flat(step_of(params, pair)), gradients_of(params, pair)
         for i, side in enumerate(("chosen", "rejected")):
             change = flat(jax.tree.map(lambda x, i=i: x[i], gradients)) @ step
             np.testing.assert_allclose(found[f"law/{side}_rate"][row], change, rtol=1e-3)
@@ -266,7 +272,7 @@ def test_the_head_variant_is_a_coarse_guide(tied):
         assert (cheap["law/chosen_norm2"] < exact["law/chosen_norm2"]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_a_tied_embedding_the_part_as_head():
     """The head's matrix given apart from the embedding, which then has no gradient."""
     model = tiny_model()

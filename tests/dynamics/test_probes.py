@@ -160,7 +160,7 @@ def test_text_is_counted_without_eos_and_padding(tmp_path):
             assert not {eos, pad} & set(row[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_predictions_hold(tmp_path):
     probes, state, step, *_ = make_bench(tmp_path, one_device(), learning_rate=1e-3)
     found = values(probes.record(state, step))
@@ -236,7 +236,7 @@ def lines_of(folder, stage):
     return read_lines(folder / stage / "dynamics.jsonl")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_recorded(run, capsys):
     path, folder = run
     pairs = [json.loads(line) for line in (path.parent / "pairs.jsonl").read_text().splitlines()]
@@ -272,7 +272,7 @@ def test_the_same_row_draws_alike_while_the_policy_does_not_move(run):
     assert first["samples"] == second["samples"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_does_not_notice(run, tmp_path):
     path, folder = run
     tree = read_tree(path)
@@ -312,7 +312,7 @@ def test_a_run_is_probed_as_training_probed_it(run, tmp_path, capsys):
     assert "probings of another kind" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resuming_drops_what_is_done_again(run, tmp_path):
     _, folder = run
     copy = tmp_path / "run"

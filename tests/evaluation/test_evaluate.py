@@ -159,7 +159,7 @@ def test_widths_are_a_handful():
     assert len({bucket_width(n) for n in range(1, 1025)}) == 16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sample_depends_on_neither_its_batch_nor_its_padding(writer, monkeypatch):
     settings = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
     whole = complete(*writer, PROMPTS, **settings)

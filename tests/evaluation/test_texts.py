@@ -88,7 +88,7 @@ def test_rows_and_lengths_can_be_limited(config, tmp_path):
     assert cut["texts/sums"] != pytest.approx(found["texts/sums"], abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_measures_them_when_it_has_ended(config, tmp_path):
     found = train(config())["preference"].metrics
     assert {"texts/sums", "texts/pairs"} <= set(found)

@@ -54,6 +54,7 @@ def states(loaded, rows):
     return seen_by
 
 
+@pytest.mark.wide
 def test_a_pair_is_its_completions_each_alone_without_padding(loaded, rows, states):
     model, params = loaded
     prompt, _, completions = rows
@@ -69,6 +70,7 @@ def test_a_token_sees_the_past_of_its_own_branch_alone(states):
         assert states(branch, place)[1] == {*range(PADDING, first), *own}
 
 
+@pytest.mark.wide
 def test_the_cache_gives_the_states_of_the_full_forward(loaded, rows, states):
     model, params = loaded
     prompt, mask, completions = rows

@@ -52,6 +52,7 @@ def test_layers_are_taken_apart():
         )
 
 
+@pytest.mark.wide
 @pytest.mark.on_cpu
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_platform_takes_the_same_step(tied, monkeypatch):

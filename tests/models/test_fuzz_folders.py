@@ -205,7 +205,7 @@ def test_a_spoiled_configuration_is_read_as_transformers_reads_it_or_refused():
     assert compared > 60
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_logits_of_what_is_read_are_those_of_transformers(tmp_path):
     pytest.importorskip("torch")
     from tests.models.make_fixtures import transformers_logits

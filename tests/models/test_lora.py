@@ -69,7 +69,7 @@ def test_the_term_is_what_merging_adds_to_the_kernel(tiny):
     assert float(jnp.abs(found - logprobs(base, batch)).max()) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beside_biases_and_norms_of_the_families():
     for name in ("llama_tied", "qwen3"):
         model = init_model(HF_CONFIGS[name])

@@ -45,7 +45,7 @@ def test_the_numbers_are_those_of_qwix():
     np.testing.assert_allclose(dequantize(quantize(kernel)), qwix.dequantize(tiled), atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_four_bits_computes_what_its_weights_in_full_do(dtype):
     model = model_of(compute_dtype=dtype, param_dtype=dtype)

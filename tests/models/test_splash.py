@@ -65,7 +65,7 @@ def test_equals_xla_in_values_and_gradients(T, H, K, d, window):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_equals_xla_in_16_bits():
     found, expected = both(None, None, *draw(1, 2, 140, 4, 2, 64, jnp.bfloat16))
     assert found[0].dtype == found[1].dtype == jnp.bfloat16
@@ -96,7 +96,7 @@ def test_a_mesh_changes_nothing(B, H, K):
     assert cut[2] == (H // 2 if H % 2 == 0 else H)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rubbish", "window"),
     [
@@ -198,7 +198,7 @@ def test_the_decoder_in_the_pair_layout(remat, cut):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * (1 + float(jnp.abs(b).max())))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ids_of_padding_tokens_change_no_bit():
     model = Model(CONFIG, Execution(attention="splash"))
     params = draw_params(model)

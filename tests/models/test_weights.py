@@ -75,6 +75,7 @@ def test_round_trip_is_bit_equal_also_in_shards(dtype, folder, tmp_path):
         assert tensor.array().tobytes() == written[name].array().tobytes()
 
 
+@pytest.mark.wide
 def test_transformers_loads_the_export(folder, tmp_path):
     torch = pytest.importorskip("torch")
     import transformers

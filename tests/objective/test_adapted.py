@@ -40,6 +40,7 @@ def close(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("reference", ["online", "precomputed"])
 def test_values_and_gradients_are_those_through_the_join(reference):
     batch = BilevelBatch(random_batch())
@@ -67,7 +68,7 @@ def first_of(name):
     return pytest.param(name, marks=() if name in ("penalty", "unrolled") else pytest.mark.long)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [first_of(name) for name in SOLVERS])
 def test_every_solver_takes_the_steps_it_takes_where_the_base_is_compiled_in(name):
     """Accumulated, with an online reference and rows of the inner level's own."""
@@ -138,7 +139,7 @@ def test_the_base_is_an_argument_of_the_update_and_not_in_its_state():
     assert bool(jnp.any(after.solver.params["mix"] != again.solver.params["mix"]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dropout_is_of_the_policy_and_of_updates_alone():
     """One within an update, another in the next one; the reference and evaluation have none."""
 

@@ -155,6 +155,7 @@ def test_the_inner_level_and_the_regularizer_are_not_rebalanced():
     assert relative_difference(grads[0][0], grads[1][0]) > 1e-2
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("loss", ["dpo", "alphadpo", "dpo_shift_ramp"])
 def test_accumulation_changes_nothing(loss):
     ends = []
@@ -180,6 +181,7 @@ def others():
     }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", others())
 def test_around_what_is_laid_around_a_loss(name):
     objective, batch = built(others()[name]), batch_of("chosen")
@@ -189,6 +191,7 @@ def test_around_what_is_laid_around_a_loss(name):
     assert abs(float(state.calibration.log_imbalance)) > 1e-3
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["alternating", "unrolled", "dynamic_barrier", "random_level"])
 def test_under_other_solvers(name):
     init, step = calibrated_step(name)

@@ -1,6 +1,7 @@
 """CHES: by hand, as from two whole sequences, in every layout, and without a logit."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,26 @@ def test_one_completion_has_none():
         ches_scores(jnp.ones((1, 1, 2, 3)), jnp.ones((1, 1, 2), bool))
 
 
+def ches(model, params, batch):
+    """``batch_ches`` in one program."""
+    return jax.jit(partial(batch_ches, model))(params, batch)
+
+
 def naive(model, params, examples):
     """``[(prompt, [(completion, scored), ...]), ...]`` of ids, each completion by itself.
 
-    Whole sequences without padding, both products of the definition, float64.
+    Whole sequences, filled up to one length behind what a causal model has seen; both products of
+    the definition, float64.
     """
+    length = max(len(p) + len(c) for p, completions in examples for c, _ in completions)
+    plain = jax.jit(model.hidden_plain)  # one program
     raw, normalised = [], []
     for prompt, completions in examples:
         sums, lengths = [], []
         for completion, scored in completions:
-            whole = jnp.asarray([[*prompt, *completion]])
-            states = model.hidden_plain(params, whole, jnp.ones(whole.shape, bool))[0]
+            ids = np.zeros((1, length), np.int32)
+            ids[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+            states = plain(params, ids, ids >= 0)[0]
             # Token k is predicted at k - 1; the first of all by nothing.
             places = [len(prompt) + k - 1 for k, is_scored in enumerate(scored) if is_scored]
             places = [place for place in places if place >= 0]
@@ -104,7 +114,7 @@ def test_as_from_whole_sequences_of_their_own(branches):
     params = tiny_params(model)
     batch = random_batch(branches=branches, filler=2)
     expected = naive(model, params, examples_of(batch))
-    for values, by_row in zip(batch_ches(model, params, batch), expected, strict=True):
+    for values, by_row in zip(ches(model, params, batch), expected, strict=True):
         assert len(np.unique(by_row)) == by_row.size
         np.testing.assert_allclose(values[:-2], by_row, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(values[-2:], 0)
@@ -121,7 +131,7 @@ def test_padding_is_not_seen():
         completion_tokens=jnp.pad(batch.completion_tokens, right, constant_values=7),
         completion_mask=jnp.pad(batch.completion_mask, right),
     )
-    pairs = (batch_ches(model, params, x) for x in (batch, wider))
+    pairs = (ches(model, params, x) for x in (batch, wider))
     for value, other in zip(*pairs, strict=True):
         np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-4)
 
@@ -135,7 +145,7 @@ def test_packed_rows_as_rows_of_their_own(branches):
     expected = naive(model, params, examples_of_rows(random_rows(branches)))
     for batch in (plain, packed):
         ids = example_ids(batch)
-        for values, by_row in zip(batch_ches(model, params, batch), expected, strict=True):
+        for values, by_row in zip(ches(model, params, batch), expected, strict=True):
             by_id = np.full_like(by_row, np.nan)
             by_id[ids[ids >= 0]] = values[ids >= 0]
             np.testing.assert_allclose(by_id, by_row, rtol=1e-4, atol=1e-4)

@@ -68,6 +68,7 @@ def test_the_copy_finds_the_inner_optimum_and_the_gap_is_counted_from_it():
     np.testing.assert_allclose(values[0], inner(expected, 0)[0], rtol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("inner_data", ["chosen", "sft"])
 def test_an_update_by_hand(inner_data):
     init, step = tracked_step(inner_data=inner_data, inner=optax.sgd(0.1), tracked_steps=1)
@@ -88,6 +89,7 @@ def test_an_update_by_hand(inner_data):
     assert metrics["penalty_weight"] > 0.1  # a squared hinge: 10 times the excess over -0.1
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", USERS)
 def test_the_copy_goes_its_way_whatever_the_solver(name):
     ends = []
@@ -103,6 +105,7 @@ def test_the_copy_goes_its_way_whatever_the_solver(name):
     assert relative_difference(*(end.params for end in ends)) < 1e-6
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("inner_data", ["chosen", "sft"])
 def test_accumulation_changes_neither_copy_nor_update(inner_data):
     ends = []
@@ -132,6 +135,7 @@ def test_an_accumulated_copy_holds_one_micro_batch_at_a_time():
     assert loops(8) >= 2  # the step, and the loss behind it
 
 
+@pytest.mark.wide
 @pytest.mark.eight_devices
 @pytest.mark.parametrize("name", ["primal_dual", "max_level"])
 def test_eight_devices_take_the_steps_of_one_and_cut_the_copy_like_the_policy(name):

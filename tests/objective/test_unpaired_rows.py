@@ -66,8 +66,9 @@ def by_hand(rows):
     }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("shift", "filler"), [(20.0, 0), (20.0, 3), (-20.0, 0)])
-@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batches", [2, 1, 4, 8])
 def test_values_from_the_models_log_probs(shift, filler, micro_batches):
     """Over the global batch, however it is cut: reference point, token means, means by label."""
     rows = unpaired_batch(shift, filler)
@@ -83,6 +84,7 @@ def test_values_from_the_models_log_probs(shift, filler, micro_batches):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("inner_data", ["chosen", "sft"])
 def test_accumulation_does_not_change_an_update(inner_data):
     sft = random_batch(branches=1, seed=3) if inner_data == "sft" else None
@@ -111,7 +113,8 @@ def test_the_reference_point_has_no_gradient_and_decides_the_loss():
     assert relative_difference(found, other) > 1e-3
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.wide
+@pytest.mark.parametrize("micro_batches", [2, 1])
 def test_the_inner_level_alone_sees_desirable_completions_alone(micro_batches):
     """Without a pass of the mismatched: whatever they are, nothing changes."""
     rows = unpaired_batch(20.0)
@@ -136,7 +139,8 @@ def test_a_reference_in_the_step_is_one_computed_ahead():
     assert relative_difference(found, ahead) < 1e-6
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.wide
+@pytest.mark.parametrize("micro_batches", [2, 1])
 def test_packed_rows_are_rows_of_one_example_each(micro_batches):
     rows = dataclasses.replace(random_rows(2), desirable=DESIRABLE)
     frozen = -np.random.default_rng(0).uniform(20, 60, (8, 2))
@@ -153,7 +157,8 @@ def test_packed_rows_are_rows_of_one_example_each(micro_batches):
     assert relative_difference(left, right) < 1e-4
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.wide
+@pytest.mark.parametrize("micro_batches", [2, 1])
 def test_eight_devices_find_what_one_does(micro_batches):
     rows = random_batch(rows=16)
     rows = rows._replace(

@@ -233,6 +233,7 @@ def on_one_device():
     return jax.device_get(one_step(make_mesh(devices=jax.devices()[:1])))
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "q_shard"),

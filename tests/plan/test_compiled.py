@@ -121,7 +121,7 @@ def tiny_plan(devices=None, architecture=None, **keys):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_device():
     before = len(jax.live_arrays())
     compiled = tiny_plan()
@@ -163,7 +163,7 @@ def test_a_tracked_copy_counts_its_weights_and_moments():
     assert copied[statistics].bytes == plain[statistics].bytes + 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_devices_and_batch_are_those_asked_for():
     compiled = tiny_plan(jax.devices()[:4], batch_size=8)
     state, batch, _ = compiled.args_info[0]

@@ -77,7 +77,7 @@ def test_plain_and_spo_differ_in_the_solver_alone(model, data):
     assert control["inner"] == found["DPO"]["outer"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_studies_share_methods_and_rhythm():
     studies = [read(model, data) for model, data in STUDIES]
     assert all(s.losses == studies[0].losses for s in studies)

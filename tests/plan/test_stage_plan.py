@@ -54,7 +54,7 @@ def planned(folder):
     return status, json.loads(file.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_is_planned_and_fits(planned):
     status, record = planned
     assert (status, record["fits"]) == (0, True)

@@ -332,7 +332,7 @@ def test_rows_that_ended_are_dropped_and_nothing_changes(load, monkeypatch, temp
     assert set(sizes) <= {8, 4, 2}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_are_dropped_where_they_are(monkeypatch):
     """On a mesh each device keeps as many rows as the one with most unfinished ones needs."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)

@@ -79,7 +79,7 @@ def test_every_row_has_its_own(scored):
         np.testing.assert_allclose(found, expected[:, 0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_packed_and_on_eight_devices_as_on_one(scored):
     _, _, one = scored(one_device(), packing=False)
     _, _, packed = scored(one_device(), packing=True)

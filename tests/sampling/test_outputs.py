@@ -51,7 +51,7 @@ def generate(folder, data, out, *more):
     return main([*words, "--max-new-tokens", "12", *more])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_alpaca_eval_reads(folder, data, tmp_path, capsys):
     out = tmp_path / "new" / "outputs.json"
     assert generate(folder, data, out, "--batch-size", "2") == 0
@@ -151,7 +151,7 @@ def test_rows_without_a_prompt(row, word):
         read_prompt(row, reader, templated=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_start_goes_on(folder, data, tmp_path, capsys, monkeypatch):
     sampling = ("--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed", "4")
     assert generate(folder, data, tmp_path / "whole.json", *sampling) == 0

@@ -148,7 +148,7 @@ def test_pairs_without_right_answers_name_the_mend(tmp_path):
         own_answers(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_trains_on_them_and_not_on_held_out_prompts(tmp_path, capsys):
     config, tree = config_of(tmp_path)
     # All pairs' prompts, of which four are held out, and four others.

@@ -110,6 +110,7 @@ def test_adafactor_may_be_told_not_to_scale():
     np.testing.assert_allclose(jax.tree.leaves(steps), 1e-3)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor", "sgd"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_optimizer_of_16_bit_weights_steps_as_that_of_32(name, dtype):

@@ -150,6 +150,7 @@ FULL = [
 ]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("text", FULL)
 @pytest.mark.parametrize(("jobs", "mend"), [(7, "fewer --jobs (now 7)"), (1, "batch_size")])
 def test_a_full_device_is_told_by_name_and_the_run_is_taken_up_again(
@@ -210,7 +211,7 @@ def test_the_page_does_not_take_its_own_machine_for_that_of_the_runs(tmp_path, m
     assert not {"machine", "versions"} & set(facts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_parent_takes_no_device(tmp_path):
     """Reading a study, and asking what its workers run on, leaves a GPU to them."""
     losses = {**TREE["losses"], "A": {"name": "alphadpo", "beta": 2.5, "gamma_beta_ratio": 0.4,

@@ -107,7 +107,7 @@ def test_neither_table_nor_head_nor_logits_are_gathered(kind, tied, capfd):
         assert any(e.kind == "all-gather" for e in found), "the layers' weights are"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulation_moves_no_more_than_that_in_each_micro_batch(capfd):
     sizes = MESHES["data and fsdp"]
     found = collectives(compiled_text(sizes, accumulation=2))
@@ -119,7 +119,7 @@ def test_accumulation_moves_no_more_than_that_in_each_micro_batch(capfd):
             assert np.prod(shape) <= V * D // 4, exchange
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_many_tokens_the_head_is_gathered_and_once(monkeypatch, capfd):
     monkeypatch.setattr(logprobs, "SPARE_TRAFFIC", 0)
     sizes = MESHES["fsdp"]

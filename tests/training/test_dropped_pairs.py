@@ -45,7 +45,7 @@ def scored(path, capsys, *arguments):
 # Listed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_pair_is_listed_with_its_place_worst_first(tmp_path, capsys):
     lines, printed = scored(make_config(tmp_path), capsys, "--show", "4")
     assert sorted(line["row"] for line in lines) == list(range(10))
@@ -78,7 +78,7 @@ def test_every_pair_is_listed_with_its_place_worst_first(tmp_path, capsys):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_sft_the_policy_is_that_of_sft(tmp_path, capsys):
     sft = {"train": str(tmp_path / "pairs.jsonl"), "on_bad_row": "skip"}
     stages = {
@@ -160,7 +160,7 @@ def resumed(run, tmp_path):
     return copy, tree
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_goes_on_leaves_out_the_same_and_scores_nothing(
     run, tmp_path, monkeypatch, capsys
 ):
@@ -178,7 +178,7 @@ def test_a_run_that_goes_on_leaves_out_the_same_and_scores_nothing(
     assert metrics_of(copy) == metrics_of(run[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_shares_and_pairs_are_refused_on_resume(run, tmp_path):
     copy, tree = resumed(run, tmp_path)
     before = (copy / "dropped_pairs.json").read_text()
@@ -196,7 +196,7 @@ def test_other_shares_and_pairs_are_refused_on_resume(run, tmp_path):
         train(checked_config(tree), resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_left_by_an_attempt_that_saved_nothing_is_not_believed(run, tmp_path, capsys):
     copy, tree = resumed(run, tmp_path)
     shutil.rmtree(copy / "checkpoints")
@@ -209,7 +209,7 @@ def test_a_file_left_by_an_attempt_that_saved_nothing_is_not_believed(run, tmp_p
     assert "under the policy it starts from" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_probes_look_at_the_pairs_of_the_run(run, tmp_path, capsys):
     copy, _ = resumed(run, tmp_path)
     few = ["--dynamics.pairs", "7", "--dynamics.gradients", "none"]

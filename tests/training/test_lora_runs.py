@@ -25,7 +25,7 @@ from spo_jax.training.trackers import read_metrics
 from tests.runs import PAIRS, TREE, state_of
 from tests.tiny import ARCHITECTURE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

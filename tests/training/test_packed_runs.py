@@ -12,7 +12,7 @@ from spo_jax.training.run import judge_start, train
 from spo_jax.training.trackers import read_metrics
 from tests.tiny import ARCHITECTURE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

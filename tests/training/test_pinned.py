@@ -81,7 +81,7 @@ def resume(path, *more):
     return main(["train", str(path), "--resume", "--train.steps", "3", *more])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_template_and_stop_ids_go_into_the_run_and_its_export(begun, tmp_path):
     out = tmp_path / "out"
     assert main(["export", str(begun[1]), str(out)]) == 0
@@ -95,7 +95,7 @@ def test_template_and_stop_ids_go_into_the_run_and_its_export(begun, tmp_path):
     assert read_tree(begun[1] / "config.yaml")["data"]["chat_template"] == CHATML
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluate_and_generate_write_prompts_as_the_run_was_trained(begun, tmp_path, capsys):
     data = str(begun[0].parent / "pairs.jsonl")
 
@@ -120,7 +120,7 @@ def test_evaluate_and_generate_write_prompts_as_the_run_was_trained(begun, tmp_p
     assert len(json.loads(out.read_text())) == len(ROWS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_template_file_that_changed_or_went_is_named_and_not_taken(run, capsys):
     path, folder = run
     (folder.parent / "own.jinja").write_text(OWN)
@@ -147,7 +147,7 @@ def test_rows_that_changed_are_named(run, capsys):
     assert "the data have changed" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_day_does_not_change_under_a_run(tmp_path, model, monkeypatch, capsys):
     def on(day):
         class Fixed(datetime.date):
@@ -171,7 +171,7 @@ def test_the_day_does_not_change_under_a_run(tmp_path, model, monkeypatch, capsy
     assert "date='tomorrow': expected a day" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_model_files_that_changed_are_named_and_not_taken(tmp_path, model, capsys):
     own = tmp_path / "model"
     shutil.copytree(model, own)

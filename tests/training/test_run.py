@@ -163,6 +163,7 @@ def test_a_run_is_not_overwritten(run, capsys):
     assert Checkpoints(folder / "preference").latest_step() == 4
 
 
+@pytest.mark.long
 def test_resuming_a_finished_run_changes_nothing(run, capsys):
     path, folder = run
     before = read_metrics(folder / "preference")
@@ -198,6 +199,7 @@ def test_export_is_the_policy_bit_for_bit(run, tmp_path, capsys):
     np.testing.assert_allclose(hidden @ model.output_head(params), logits, atol=1e-4)
 
 
+@pytest.mark.long
 def test_evaluate_a_run_and_an_export(run, tmp_path, capsys):
     _, folder = run
     out, pairs = tmp_path / "exported", str(folder / "pairs.jsonl")
@@ -298,6 +300,7 @@ def test_wrong_input_is_one_clear_error(small, capsys):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_broken_line_can_be_skipped_and_a_tokenizer_needs_no_pad_token(small, capsys):
     arguments, model, tmp_path = small
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -311,6 +314,7 @@ def test_a_broken_line_can_be_skipped_and_a_tokenizer_needs_no_pad_token(small, 
     assert "8 of 9 rows kept" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "extra",
     [
@@ -334,6 +338,7 @@ def test_other_ways_to_train(small, capsys, extra):
     assert np.isfinite(line["gap"])
 
 
+@pytest.mark.long
 def test_resuming_with_other_settings(small, capsys):
     """What the state survives is said, what it does not is refused, and nothing is lost by it."""
     arguments, model, tmp_path = small

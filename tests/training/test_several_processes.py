@@ -66,34 +66,40 @@ def logs_of(folder, name):
     return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(folder.glob(f"{name}.*.log")))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
-def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone, before, after):
+def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone):
+    """Two, then four, then one alone."""
     folder, config, cache = alone
-    name = f"{before}_then_{after}"
-    run, options = folder / name, {"log": folder / name, "cache": cache}
-    processes = start_several(config, run, before, **options)
-    wait_for_step(run / "preference", 5, processes[0], PATIENCE)
-    # Any of them may be the one that is told.
-    processes[-1].send_signal(signal.SIGTERM)
-    statuses = finish(processes, PATIENCE)
-    assert statuses == [128 + signal.SIGTERM] * before, logs_of(folder, name)
-    (step,) = {line["step"] for line in metrics_of(run / "preference")[-1:]}
-    assert 5 <= step < 12
-    assert steps_of(run / "preference")[-1] == step
+    run = folder / "several"
 
-    if after == 1:
-        processes = [start(config, run, "--resume", log=folder / f"{name}.0.log", cache=cache)]
-    else:
-        # One host has a cache of its own, and nothing in it.
-        own = {after - 1: ["--reference.cache-dir", str(folder / "own_cache")]}
-        processes = start_several(config, run, after, "--resume", own=own, **options)
-    assert finish(processes, PATIENCE) == [0] * after, logs_of(folder, name)
+    def stopped(name, count, least, *arguments, **options):
+        """``count`` processes until ``least`` updates are done; the step that they saved."""
+        options |= {"log": folder / name, "cache": cache}
+        processes = start_several(config, run, count, *arguments, **options)
+        wait_for_step(run / "preference", least, processes[0], PATIENCE)
+        # Any of them may be the one that is told.
+        processes[-1].send_signal(signal.SIGTERM)
+        statuses = finish(processes, PATIENCE)
+        assert statuses == [128 + signal.SIGTERM] * count, logs_of(folder, name)
+        (step,) = {line["step"] for line in metrics_of(run / "preference")[-1:]}
+        assert least <= step < 12
+        assert steps_of(run / "preference")[-1] == step
+        return step
+
+    first = stopped("two", 2, 2)
+    # One host has a cache of its own, and nothing in it.
+    own = {3: ["--reference.cache-dir", str(folder / "own_cache")]}
+    second = stopped("four", 4, first + 2, "--resume", own=own)
+    assert f"going on from step {first} of 12" in logs_of(folder, "four")
+
+    last = start(config, run, "--resume", log=folder / "one.log", cache=cache)
+    said = folder / "one.log"
+    assert finish([last], PATIENCE) == [0], said.read_text()
+    assert f"going on from step {second} of 12" in said.read_text()
     for stage in ("sft", "preference"):
         expected = metrics_of(folder / "alone" / stage)
         assert len(expected) > 3
         assert set(expected[-1]) >= set(SHARES)
         assert_same_metrics(metrics_of(run / stage), expected)
-    assert f"going on from step {step} of 12" in logs_of(folder, name)
     probed, expected = (lines_of(x / "preference") for x in (run, folder / "alone"))
     assert [line["step"] for line in probed] == [0, 6, 12]
     for line, other in zip(probed, expected, strict=True):

@@ -1,5 +1,6 @@
 """Every solver on a model's objective: with every loss, accumulated, sharded, resumed."""
 
+import functools
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from spo_jax.checkpoints import Checkpoints
 from spo_jax.losses import LOSSES, make_preference_loss
 from spo_jax.objective.levels import completion_logprobs, make_objective
-from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
+from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes, tree_shardings
 from spo_jax.solvers import (
     INNER,
     OUTER,
@@ -106,7 +107,9 @@ def every_two():
                 continue
             alone = (name, "sft") not in SOLVERS_AND_DATA
             if name == "penalty" or alone or loss == "dpo" or turn % 2 == INNER_DATA.index(data):
-                yield first_of("penalty", name, data, loss)
+                # README's command has each loss once, with the inner data in turn.
+                first = "penalty" if i % 2 == INNER_DATA.index(data) else None
+                yield first_of(first, name, data, loss)
 
 
 @pytest.mark.slow
@@ -315,18 +318,29 @@ def test_a_barrier_step_with_sgd_does_not_raise_the_models_inner_loss():
     np.testing.assert_allclose(metrics["inner_change"], changes[1], rtol=0.05)
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", [first_of("primal_dual", name) for name in SOLVERS])
-def test_eight_devices_take_the_steps_of_one(name, micro_batches):
+@functools.cache
+def on_eight_devices(name):
+    """``init(params, key) -> state`` there, the update compiled once for all tests, the mesh."""
     inner_data = "chosen" if name == "preference_only" else "sft"
-    init, step = make_step(name, "alphadpo", inner_data, micro_batches=micro_batches)
+    init, step = make_step(name, "alphadpo", inner_data, inner_value="running_min")
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = tree_shardings(jax.eval_shape(init, PARAMS, KEY), mesh)
+    return inner_data, init, jit_step(step, shardings), mesh
+
+
+@pytest.mark.parametrize("name", [first_of("primal_dual", name) for name in SOLVERS])
+def test_eight_devices_take_the_steps_of_one(name):
+    """Where one accumulates in every second of the solvers."""
+    inner_data, *eight = on_eight_devices(name)
+    micro_batches = 1 + list(SOLVERS).index(name) % 2
+    one = make_step(
+        name, "alphadpo", inner_data, micro_batches=micro_batches, inner_value="running_min"
+    )
+    first = make_mesh(devices=jax.devices()[:1])
+    shardings = tree_shardings(jax.eval_shape(one[0], PARAMS, KEY), first)
     ends = []
-    for mesh in (
-        make_mesh(devices=jax.devices()[:1]),
-        make_mesh(data=2, fsdp=2, tensor=2),
-    ):
-        state, shardings = shard_state(init, mesh, PARAMS, KEY)
-        compiled = jit_step(step, shardings)
+    for init, compiled, mesh in ((one[0], jit_step(one[1], shardings), first), eight):
+        state, _ = shard_state(init, mesh, PARAMS, KEY)
         for seed in range(2):
             state, metrics = compiled(state, place_batch(batch_of(inner_data, seed), mesh))
         cut = [x for x in jax.tree.leaves(state.solver) if not x.sharding.is_fully_replicated]
@@ -335,18 +349,17 @@ def test_eight_devices_take_the_steps_of_one(name, micro_batches):
     found, expected = (jax.tree_util.tree_leaves_with_path(end) for end in ends)
     for (path, a), (_, b) in zip(found, expected, strict=True):
         name_of = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name_of)
+        # A gap to the running minimum is a difference of two losses of about 5.
+        atol = 1e-5 if "gap" in name_of else 2e-6
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol, err_msg=name_of)
 
 
 @pytest.mark.parametrize("name", list(dict.fromkeys((*SOLVERS, *OPTIONS))))
 @pytest.mark.long
 def test_two_steps_and_two_are_four_bit_for_bit(name, tmp_path):
     """Through a checkpoint: multipliers, averages, outer iterates and both chains with it."""
-    inner_data = "chosen" if name == "preference_only" else "sft"
-    init, step = make_step(name, "alphadpo", inner_data, inner_value="running_min")
-    mesh = make_mesh(data=2, fsdp=4)
-    state, shardings = shard_state(init, mesh, PARAMS, KEY)
-    step, checkpoints = jit_step(step, shardings), Checkpoints(tmp_path)
+    inner_data, init, step, mesh = on_eight_devices(name)
+    state, checkpoints = shard_state(init, mesh, PARAMS, KEY)[0], Checkpoints(tmp_path)
     batches = [place_batch(batch_of(inner_data, seed), mesh) for seed in range(4)]
     for number, batch in enumerate(batches):
         state, _ = step(state, batch)

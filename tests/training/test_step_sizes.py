@@ -101,7 +101,7 @@ def test_a_run_whose_steps_are_rounded_away_is_refused_before_its_rows_are_read(
     assert not (folder / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_run_in_every_dtype_is_evaluated_as_its_weights_in_32(tmp_path, dtype, capsys):
     """Trained, evaluated against its own reference, exported: one policy, the same figures."""
@@ -133,7 +133,7 @@ def test_a_run_in_every_dtype_is_evaluated_as_its_weights_in_32(tmp_path, dtype,
     assert same["logprobs/chosen"] == pytest.approx(found["logprobs/chosen"], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_updates_that_are_all_skipped_are_no_success(tmp_path, capsys):
     """Fewer than max_skipped: the run got to its end with the policy it began with, and exit 0."""
     # The gradient overflows, the loss at the reference does not.
@@ -153,7 +153,7 @@ def test_updates_that_are_all_skipped_are_no_success(tmp_path, capsys):
     assert "none of the 3 updates was applied" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_that_overflows_is_no_success(tmp_path, capsys):
     overflow = {"name": "sgd", "learning_rate": 1e38, "max_grad_norm": None}
     status, folder = run(tmp_path, outer=overflow, train={"steps": 3, "save_every": 1})
@@ -164,7 +164,7 @@ def test_a_step_that_overflows_is_no_success(tmp_path, capsys):
     assert not CheckpointReader(folder).steps()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_updates_that_move_nothing_are_no_success(tmp_path, capsys):
     still = {"name": "sgd", "learning_rate": 1e-30}
     status, folder = run(tmp_path, outer=still)

@@ -55,6 +55,7 @@ def lines_of(tmp_path):
     return [x for x in lines if "lr" in x], [x for x in lines if "eval/loss" in x]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing", [True, False])
 def test_unpaired_rows_become_a_run(tmp_path, capsys, packing):
     """The policy learns which completions are desired: of even sums it is said that they are 1."""
@@ -77,6 +78,7 @@ def test_unpaired_rows_become_a_run(tmp_path, capsys, packing):
     assert "may be wrong" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_pairs_are_taken_apart_and_an_inner_level_may_have_rows_of_its_own(tmp_path, capsys):
     sft = {"train": write(tmp_path / "sft.jsonl", PAIRS)}
     inner = {"inner_data": "sft"}
@@ -88,6 +90,7 @@ def test_pairs_are_taken_apart_and_an_inner_level_may_have_rows_of_its_own(tmp_p
     assert looks
 
 
+@pytest.mark.long
 def test_a_reference_in_the_step_trains_alike(tmp_path):
     found = []
     for mode in ({}, {"mode": "online", "cache_dir": None}):

@@ -36,6 +36,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SOLVERS)
