@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from spo_jax.cli.train import read_overrides
+    from spo_jax.cli.train import read_overrides, say_shipped
     from spo_jax.config.parsing import ConfigError
     from spo_jax.config.validation import load_config
 
@@ -50,6 +50,7 @@ def _data(options: argparse.Namespace) -> int:
     # A run that has the GPU goes on: a look takes none of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = load_config(options.config, read_overrides(options.overrides))
+    say_shipped(options.config)
     from spo_jax.checkpoints.atomic import replace_text, to_json
     from spo_jax.training.preview import look_at_data, preview_text
 

@@ -61,12 +61,13 @@ def _plan(options: argparse.Namespace) -> int:
     _check(options)
     # Before anything starts JAX: it settles what devices there are.
     machine = describe_machine(options.topology, chip=options.chip)
-    from spo_jax.cli.train import read_overrides
+    from spo_jax.cli.train import read_overrides, say_shipped
     from spo_jax.config.validation import load_config
     from spo_jax.plan.inputs import find_architecture
     from spo_jax.plan.text import machine_text
 
     config = load_config(options.config, read_overrides(options.overrides))
+    say_shipped(options.config)
     stages = _stages(options, config)
     architecture = find_architecture(config, options.architecture)
     known = software()

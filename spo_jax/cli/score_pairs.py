@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from spo_jax.cli.train import add_process_flags, join_processes, read_overrides
+from spo_jax.cli.train import add_process_flags, join_processes, read_overrides, say_shipped
 
 _DESCRIPTION = """\
 List the training pairs of CONFIG by how much they would displace, before anything is trained.
@@ -50,6 +50,7 @@ def _score_pairs(options: argparse.Namespace) -> int:
         raise ConfigError(f"--show {options.show}: expected 0 or more")
     join_processes(options)
     config = load_config(options.config, read_overrides(options.overrides))
+    say_shipped(options.config, several=True)
     from spo_jax.parallel.processes import is_first
     from spo_jax.training.ranked_pairs import rank_pairs
 

@@ -34,10 +34,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from spo_jax.cli.train import read_overrides
+    from spo_jax.cli.train import read_overrides, say_shipped
     from spo_jax.study import make_study_page, read_evidence, read_study, run_study
 
     study = read_study(options.config, read_overrides(options.overrides))
+    say_shipped(options.config)
     failed = [] if options.page_only else run_study(study)
     command = shlex.join(["spo-jax", "study", options.config, *options.overrides])
     evidence = read_evidence(study, command=command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -105,13 +106,18 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _say_shipped(given: str) -> None:
+def say_shipped(given: str, *, several: bool = False) -> None:
+    """A line where ``given`` names no file here; ``several`` processes write it once.
+
+    One alone asks nobody whether it is the first: that would start JAX and take its devices.
+    """
     from spo_jax.config.parsing import find_config
     from spo_jax.parallel.processes import say
 
     found = find_config(given)
     if found != Path(given):
-        say(f"{given}: no file here, so the configuration that comes with spo-jax: {found}")
+        text = f"{given}: no file here, so the configuration that comes with spo-jax: {found}"
+        say(text) if several else print(text, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -133,7 +139,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         from spo_jax.config.validation import load_config
     config = load_config(options.config, read_overrides(overrides))
-    _say_shipped(options.config)
+    say_shipped(options.config, several=True)
     only = None
     if options.command == "sft":
         if "sft" not in config.stages:

@@ -53,11 +53,22 @@ def test_what_is_not_there_is_one_error(name):
             read_tree(name)
 
 
-def test_the_command_names_the_file_it_took(capsys):
-    assert main(["train", "quickstart", "--mesh.data", "3"]) == 2
+@pytest.mark.parametrize(
+    ("command", "name", "flags", "says"),
+    [
+        ("train", "quickstart", ["--mesh.data", "3"], "mesh"),
+        ("score-pairs", "quickstart", [], "holds no checkpoint"),
+        ("data", "quickstart", ["--model.tokenizer", "nowhere"], "nowhere"),
+        ("plan", "plan/llama_1b", ["--topology", "gpu:8", "--chip", "h100",
+                                   "--architecture", "nowhere.json"], "nowhere.json"),
+        ("study", "study_long", ["--page-only"], "no run is finished"),
+    ],
+)  # fmt: skip
+def test_a_command_names_the_file_it_took(capsys, command, name, flags, says):
+    assert main([command, name, *flags]) != 0
     said = capsys.readouterr().err
-    assert f"comes with spo-jax: {SHIPPED / 'quickstart.yaml'}" in said
-    assert "mesh" in said.splitlines()[-1]
+    assert f"comes with spo-jax: {SHIPPED / name}.yaml" in said
+    assert says in said.rpartition("spo-jax: error")[2]
 
 
 def test_all_of_them_are_packed():
