@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.written_files import check_writable
+
 _SHOW = """\
 Print CONFIG as spo-jax train would run it, each value with where it comes from: a file, the
 command line, or default. Sections that nothing uses are left out. Nothing is loaded or started.
@@ -73,6 +75,7 @@ def _from_trl(options: argparse.Namespace) -> int:
         raise ConfigError(f"--devices {options.devices}: expected a number from 1")
     if options.out and Path(options.out).exists():
         raise ConfigError(f"--out {options.out} exists: name a new file")
+    check_writable("--out", options.out)
     found = convert(options.file, trainer=options.trainer, devices=options.devices)
     for line in found.left:
         print(f"not carried: {line}", file=sys.stderr)

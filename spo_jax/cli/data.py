@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.written_files import check_writable
+
 _DESCRIPTION = """\
 Show what CONFIG would train on: the first rows token by token, lengths, buckets, padding, updates.
 
@@ -45,8 +47,7 @@ def _data(options: argparse.Namespace) -> int:
 
     if options.rows < 0:
         raise ConfigError(f"--rows {options.rows}: expected 0 or more")
-    if options.json not in (None, "-") and not Path(options.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {options.json}: there is no such folder; make it first")
+    check_writable("--json", None if options.json == "-" else options.json)
     # A run that has the GPU goes on: a look takes none of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = load_config(options.config, read_overrides(options.overrides))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.cli.row_options import add_row_options
+from spo_jax.cli.written_files import check_writable
 
 
 def add_commands(commands: Any) -> None:
@@ -78,6 +79,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from spo_jax.checkpoints.atomic import to_json
     from spo_jax.evaluation.scoring import evaluate_model
 
+    check_writable("--output", options.output)
     result = evaluate_model(
         options.model,
         options.data,
@@ -88,7 +90,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         },
     )
     text = to_json(result, f"evaluate {options.model}", indent=2)
+    print(text, flush=True)
     if options.output:
         Path(options.output).write_text(text + "\n")
-    print(text)
     return 0

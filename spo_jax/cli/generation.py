@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.cli.row_options import ROW_OPTIONS, add_row_options
+from spo_jax.cli.written_files import check_writable
 
 _SETTINGS = (
     "generator", "split", "max_rows", "chat_template", "max_new_tokens", "max_prompt_length",
@@ -77,6 +78,7 @@ def _generate(options: argparse.Namespace) -> int:
     from spo_jax.evaluation.judge import check_judge, read_outputs
     from spo_jax.sampling.outputs import generate_outputs, shown_lengths
 
+    check_writable("--out", options.out, makes_folder=True)
     if (options.judge is None) != (options.against is None):
         raise ValueError(
             "--judge and --against go together: a command, and outputs to hold against"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.cli.row_options import ROW_OPTIONS, add_row_options
+from spo_jax.cli.written_files import check_writable
 
 _DESCRIPTION = """\
 Sample answers to the prompts of ROWS, grade them, and write preference pairs: chosen is the
@@ -88,6 +89,7 @@ def _make_pairs(options: argparse.Namespace) -> int:
         summary,
     )
 
+    check_writable("--out", options.out, makes_folder=True)
     given = vars(options)
     settings = PairSettings(**{key: given[key] for key in _SETTINGS})
     reading = {key: given[key] for key in _READING}

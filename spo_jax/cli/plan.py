@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.written_files import check_writable
+
 _PLAN = """\
 Compile the update of CONFIG for a machine before it is rented: memory, collectives, time.
 
@@ -86,6 +88,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     from spo_jax.config.parsing import ConfigError
 
+    check_writable("--json", options.json)
     if not options.search:
         for name in ("budget", "kernels"):
             if getattr(options, name) is not None:

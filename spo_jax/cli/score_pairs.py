@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from spo_jax.cli.train import add_process_flags, join_processes, read_overrides, say_shipped
+from spo_jax.cli.written_files import check_writable
 
 _DESCRIPTION = """\
 List the training pairs of CONFIG by how much they would displace, before anything is trained.
@@ -48,6 +49,7 @@ def _score_pairs(options: argparse.Namespace) -> int:
 
     if options.show < 0:
         raise ConfigError(f"--show {options.show}: expected 0 or more")
+    check_writable("--out", options.out, makes_folder=True)
     join_processes(options)
     config = load_config(options.config, read_overrides(options.overrides))
     say_shipped(options.config, several=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import shutil
@@ -17,7 +18,7 @@ from spo_jax.config.parsing import ConfigError
 from spo_jax.config.schema import BUILTIN_TASK, Config, ModelConfig
 from spo_jax.data import TokenizedRows, load_records
 from spo_jax.parallel.mesh import make_mesh
-from spo_jax.parallel.processes import by_first
+from spo_jax.parallel.processes import by_first, is_first
 from spo_jax.policies.kept_format import keep_stop_ids
 from spo_jax.policies.loading import Policy, is_run, load_policy
 from spo_jax.policies.pair_scores import PairScores, most_displacing, score_pairs
@@ -50,11 +51,10 @@ def rank_pairs(config: Config, *, out: str | Path | None = None, show: int = 10)
     root, model = Path(config.output_dir), _starting_model(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     path = root / SCORES_FILE if out is None else Path(out)
-    with RunLock(root):
+    with RunLock(root), _scratch(root / _WORK) as work:
         check_shared(root)
         folders = [stage_folder(config, name) for name in config.stages]
         config = pin(config, folders, resume=True, allow_changes=False)
-        work = root / _WORK
         policy = load_policy(model, mesh, seed=config.seed, work=work)
         by_first(lambda: keep_stop_ids(work, policy.tokenizer, trained_template(config)))
         # All pairs are scored, those that training will leave out too.
@@ -66,10 +66,19 @@ def rank_pairs(config: Config, *, out: str | Path | None = None, show: int = 10)
         scores = score_pairs(policy, rows, batch_size=size, name="data")
         order = most_displacing(scores, len(rows.train))
         lines = by_first(lambda: _write(config, path, rows.train, scores, order)[:show])
-        by_first(lambda: shutil.rmtree(work))
     shown = [_shown(line, rows.train, policy) for line in lines]
     head = f"{len(rows.train)} training pairs under {model.path or 'the policy at random'}: {path}"
     return "\n".join([head, *_quantiles(scores), "Displacing most:", *shown])
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """``folder``, gone afterwards, whatever happens; it is the first process that removes it."""
+    try:
+        yield folder
+    finally:
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _starting_model(config: Config) -> ModelConfig:

@@ -115,6 +115,17 @@ def test_without_pairs_there_is_nothing_to_score(tmp_path, capsys):
     assert "--show -1: expected 0 or more" in capsys.readouterr().err
 
 
+def test_scores_that_cannot_be_written_leave_no_model_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("spo_jax.training.ranked_pairs.write_rows", full)
+    with pytest.raises(OSError, match="no space"):
+        main(["score-pairs", str(make_config(tmp_path))])
+    assert (tmp_path / "run").is_dir()
+    assert not list(tmp_path.rglob("*scored_model*"))
+
+
 # Left out
 
 
