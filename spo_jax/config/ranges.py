@@ -60,6 +60,9 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "max_grad_norm": _POSITIVE,
         "options.b1": _DECAY,
         "options.b2": _DECAY,
+        "options.momentum": _DECAY,
+        "options.eps": _NOT_NEGATIVE,
+        "options.eps_root": _NOT_NEGATIVE,
     },
     TextsConfig: {
         "max_rows": _COUNT,

@@ -76,6 +76,8 @@ def cpo_loss(
     Source: arXiv 2401.08417; as defined in METHOD. Later versions of the authors'
     repository hold another loss under this name.
     """
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha}: the weight of CPO's NLL is 0 or more")
     if mean_chosen_length is None:
         mean_chosen_length = jnp.maximum(jnp.mean(policy.chosen_length), 1)
     preference = logistic_loss(beta * (policy.chosen - policy.rejected), label_smoothing)

@@ -258,6 +258,7 @@ def test_files_found_by_fuzzing(content, says, tmp_path):
         (b"outer: {weight_decay: .nan}", "outer.weight_decay=nan: expected a finite number"),
         (b"outer: {max_grad_norm: -1}", "outer.max_grad_norm=-1.0: expected a number above 0"),
         (b"outer: {options: {b1: 2}}", "outer.options.b1=2: expected a number from 0 to below 1"),
+        (b"outer: {options: {eps: -1}}", "outer.options.eps=-1: expected 0 or more"),
         (b"outer: {learning_rate: 1" + b"0" * 400 + b"}", "outer.learning_rate: expected a number"),
         (b"train: {steps: 1" + b"0" * 30 + b"}", "train.steps=1000"),
         (b"sft: {steps: null, epochs: .inf}", "sft.epochs=inf: expected a finite number"),

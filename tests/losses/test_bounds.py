@@ -39,6 +39,11 @@ def test_what_makes_another_loss_of_it_is_named(loss, name, value):
         check_loss(Named(loss, options))
 
 
+def test_cpo_never_pushes_its_chosen_away():
+    with pytest.raises(ConfigError, match=r"loss\.alpha=-1(\.0)?: the weight of CPO's NLL"):
+        check_loss(Named("cpo", {"beta": 0.1, "alpha": -1}))
+
+
 def test_every_loss_has_a_scale_that_is_held():
     held = {loss for loss, name, _ in CASES if name in ("beta", "tau")}
     assert held == {**LOSSES, **UNPAIRED_LOSSES}.keys()
