@@ -272,6 +272,15 @@ def test_the_same_row_draws_alike_while_the_policy_does_not_move(run):
     assert first["samples"] == second["samples"]
 
 
+@pytest.mark.slow
+def test_log_ratios_are_counted_from_the_start(run):
+    first, *_, last = (values(line) for line in lines_of(run[1], "preference"))
+    for branch in ("chosen", "rejected"):
+        moved = last[f"logprobs/{branch}"] - first[f"logprobs/{branch}"]
+        assert np.abs(moved).max() > 1e-2
+        np.testing.assert_allclose(last[f"log_ratio/{branch}"], moved, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.long
 def test_training_does_not_notice(run, tmp_path):
     path, folder = run
