@@ -324,6 +324,14 @@ def check_dropping(monkeypatch, model, params, rows, temperature, mesh=None):
     return sizes
 
 
+@pytest.mark.slow
+def test_no_row_is_dropped_that_goes_on(load, monkeypatch):
+    """Rooms of a step each, so that every number of rows left is met between two of them."""
+    monkeypatch.setattr(decoding, "room_steps", lambda most: list(range(2, most + 1)))
+    sizes = check_dropping(monkeypatch, *load("mistral"), 16, 1.0)
+    assert len(sizes) > 1
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_that_ended_are_dropped_and_nothing_changes(load, monkeypatch, temperature):
