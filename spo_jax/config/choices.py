@@ -156,17 +156,15 @@ def _unweighted(member: Mapping[str, Any]) -> Named:
 def _check_one_loss(key: str, loss: Named) -> None:
     fn = loss_function(loss.name, key)
     check_options(key, loss, fn, more=_wrappers(fn))
-    options = tuple((k, type(v), v) for k, v in loss.options.items())  # 1 is not True
-    try:
-        reason = _refusal(loss.name, options)
-    except TypeError:  # an option that is a list or a mapping
-        reason = _refusal.__wrapped__(loss.name, options)
+    # Of a loss of one's own nothing is remembered: its module may be edited and loaded again.
+    refusal = _refusal if loss.name in _KNOWN else _refusal.__wrapped__
+    reason = refusal(loss.name, tuple(loss.options.items()))
     if reason is not None:
         raise ConfigError(f"{key}.{reason}")
 
 
 @functools.lru_cache(maxsize=256)  # the cells of a study share few losses
-def _refusal(name: str, options: tuple[tuple[str, type, Any], ...]) -> str | None:
+def _refusal(name: str, options: tuple[tuple[str, Any], ...]) -> str | None:
     """What a loss says of its settings' ranges, before a model is read.
 
     Shapes alone: to check a configuration is no reason to take a device, and memory of it.
@@ -174,7 +172,7 @@ def _refusal(name: str, options: tuple[tuple[str, type, Any], ...]) -> str | Non
     scalar = jax.ShapeDtypeStruct((1,), jnp.float32)
     pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
     try:
-        bound = bound_loss(Named(name, {k: v for k, _, v in options}))
+        bound = bound_loss(Named(name, dict(options)))
         if name not in _KNOWN:  # one's own may do as it likes
             return None
         if bound.unpaired:
