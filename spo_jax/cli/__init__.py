@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import traceback
@@ -77,25 +76,29 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _fail(error: BaseException) -> int:
-    """Say what went wrong; of several processes, one that fails alone waits for no other."""
-    number, count = _process()
+    """Say what went wrong; one process of several tells the others, and waits for none."""
+    from spo_jax.parallel.failures import joined
+
+    _, number, count = joined()
     where = f" (process {number} of {count})" if count > 1 else ""
     print(f"spo-jax: error{where}: {error}", file=sys.stderr, flush=True)
     status = getattr(error, "exit_status", 2)
-    if count > 1:
-        # The orderly exit would wait for all; the others learn of it as soon as this one is gone.
-        sys.stdout.flush()
-        os._exit(status)
+    _leave_others(f"{error}", status)
     return status
 
 
-def _process() -> tuple[int, int]:
-    """This process's number and how many there are, without starting a backend for it."""
-    import jax
+def _leave_others(text: str, status: int, *, trace: bool = False) -> None:
+    """Where this is one process of several: tell them, and end here.
 
-    if not jax.distributed.is_initialized():
-        return 0, 1
-    return jax.process_index(), jax.process_count()
+    An error with a ``trace`` was not expected: it may be that of waiting for one that failed.
+    """
+    from spo_jax.parallel.failures import end_if_told, joined, leave
+
+    if joined()[2] > 1:
+        if trace:
+            end_if_told()
+            traceback.print_exc()
+        leave(text, status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spo-jax: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _is_ours(error):
-            raise
-        return _fail(error)
+    except Exception as error:
+        if isinstance(error, ValueError | RuntimeError | OSError) and _is_ours(error):
+            return _fail(error)
+        _leave_others(f"{type(error).__name__}: {error}", 1, trace=True)
+        raise

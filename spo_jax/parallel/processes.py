@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spo_jax.parallel.failures import watch
+
 Value = TypeVar("Value")
 
 ENVIRONMENT = {
@@ -82,6 +84,7 @@ def initialize(
             f"process {given['process_id']} did not reach {where}: {str(error).splitlines()[0]}. "
             "Is process 0 running, and its port open to this host?"
         ) from error
+    watch()
 
 
 def _read(variable: str, text: str, name: str) -> str | int:

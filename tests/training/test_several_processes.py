@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 
 from spo_jax.data.tokenize import CHUNK
 from tests.runs import (
+    DEVICES,
     PAIRS,
     finish,
     metrics_of,
@@ -66,29 +68,50 @@ def logs_of(folder, name):
     return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(folder.glob(f"{name}.*.log")))
 
 
+def tasks_of_slurm(config, run, count, *, log, cache):
+    """As srun sets the variables of a step; nothing but ``--distributed`` is said."""
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),  # the port is chosen by it
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    return [
+        start(
+            config,
+            run,
+            "--distributed",
+            log=log.with_suffix(f".{i}.log"),
+            variables=step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+            devices=DEVICES // count,
+            cache=cache,
+        )
+        for i in range(count)
+    ]
+
+
 def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone):
-    """Two, then four, then one alone."""
+    """Two as tasks of SLURM, then four, then one alone."""
     folder, config, cache = alone
     run = folder / "several"
 
-    def stopped(name, count, least, *arguments, **options):
-        """``count`` processes until ``least`` updates are done; the step that they saved."""
-        options |= {"log": folder / name, "cache": cache}
-        processes = start_several(config, run, count, *arguments, **options)
+    def stopped(name, processes, least):
+        """``processes`` until ``least`` updates are done; the step that they saved."""
         wait_for_step(run / "preference", least, processes[0], PATIENCE)
         # Any of them may be the one that is told.
         processes[-1].send_signal(signal.SIGTERM)
         statuses = finish(processes, PATIENCE)
-        assert statuses == [128 + signal.SIGTERM] * count, logs_of(folder, name)
+        assert statuses == [128 + signal.SIGTERM] * len(processes), logs_of(folder, name)
         (step,) = {line["step"] for line in metrics_of(run / "preference")[-1:]}
         assert least <= step < 12
         assert steps_of(run / "preference")[-1] == step
         return step
 
-    first = stopped("two", 2, 2)
+    first = stopped("two", tasks_of_slurm(config, run, 2, log=folder / "two", cache=cache), 2)
     # One host has a cache of its own, and nothing in it.
     own = {3: ["--reference.cache-dir", str(folder / "own_cache")]}
-    second = stopped("four", 4, first + 2, "--resume", own=own)
+    options = {"log": folder / "four", "cache": cache, "own": own}
+    second = stopped("four", start_several(config, run, 4, "--resume", **options), first + 2)
     assert f"going on from step {first} of 12" in logs_of(folder, "four")
 
     last = start(config, run, "--resume", log=folder / "one.log", cache=cache)
@@ -111,16 +134,20 @@ def test_stopped_by_a_signal_to_one_and_resumed_by_another_number(alone):
 
 
 def test_what_only_one_process_lacks_ends_all_of_them(alone):
-    """Its error names it, and the others do not wait for ever."""
+    """Its error is said by all, and nobody waits for jax's heartbeat."""
     folder, config, cache = alone
-    missing = {1: ["--data.train", str(folder / "nowhere.jsonl")]}
-    options = {"log": folder / "broken", "cache": cache, "own": missing}
-    statuses = finish(start_several(config, folder / "broken", 2, **options), PATIENCE)
-    logs = logs_of(folder, "broken")
-    assert statuses[1] == 2, logs
-    assert statuses[0] not in (0, -signal.SIGKILL), logs
-    assert "spo-jax: error (process 1 of 2)" in logs
-    assert "nowhere.jsonl" in logs
+    for number in range(2):
+        name = f"broken_{number}"
+        missing = {number: ["--data.train", str(folder / "nowhere.jsonl")]}
+        options = {"log": folder / name, "cache": cache, "own": missing}
+        begun = time.monotonic()
+        statuses = finish(start_several(config, folder / name, 2, **options), PATIENCE)
+        assert statuses == [2, 2], logs_of(folder, name)
+        assert time.monotonic() - begun < 60
+        said, heard = (folder / f"{name}.{i}.log" for i in (number, 1 - number))
+        assert f"spo-jax: error (process {number} of 2)" in said.read_text()
+        assert f"process {1 - number} of 2 ends, for process {number} failed" in heard.read_text()
+        assert all("nowhere.jsonl" in log.read_text() for log in (said, heard))
 
 
 def test_rows_are_shared_out_and_a_bad_one_is_an_error_of_all(alone):
@@ -172,30 +199,3 @@ def test_pairs_that_displace_are_listed_and_left_out_alike(alone):
     rows = [{pair["row"] for pair in some[1]["dropped"]} for some in (one, two)]
     assert rows[0] == rows[1] == {line["row"] for line in one[0][:6]}
     assert_same_metrics(two[2], one[2])
-
-
-def test_the_variables_of_slurm_are_enough(alone):
-    """As srun sets them for two tasks of a step; nothing but --distributed is said."""
-    folder, config, cache = alone
-    step = {
-        "SLURM_JOB_ID": str(os.getpid()),  # the port is chosen by it
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    processes = [
-        start(
-            config,
-            folder / "slurm",
-            "--distributed",
-            log=folder / f"slurm.{i}.log",
-            variables=step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-            devices=4,
-            cache=cache,
-        )
-        for i in range(2)
-    ]
-    assert finish(processes, PATIENCE) == [0, 0], logs_of(folder, "slurm")
-    for stage in ("sft", "preference"):
-        expected = metrics_of(folder / "alone" / stage)
-        assert_same_metrics(metrics_of(folder / "slurm" / stage), expected)
