@@ -29,21 +29,25 @@ from spo_jax.losses import (
     make_preference_loss,
     weighted_by_policy,
 )
-from spo_jax.solvers import SOLVERS, SUPPLIED
+from spo_jax.solvers import SOLVERS, SUPPLIED, Solver, make_solver
 
 _KNOWN = LOSSES | UNPAIRED_LOSSES
 
 
 def solver_uses(name: str, level: str) -> bool:
     """Whether the solver ``name`` takes steps of ``level`` (``outer`` or ``inner``)."""
-    return name in SOLVERS and level in inspect.signature(SOLVERS[name]).parameters
+    return level in inspect.signature(solver_factory(name)).parameters
 
 
 def uses_gap(solver: Named) -> bool:
-    """Whether the gap has a part in the updates of ``solver``, and with it the inner value."""
+    """Whether the gap has a part in the updates of ``solver``, and with it the inner value.
+
+    One of one's own may look at it.
+    """
     if solver.name == "penalty":
         return solver.options.get("penalty", "linear") != "linear"
-    return solver.name in ("primal_dual", "dynamic_barrier", "max_level")
+    looking = ("primal_dual", "dynamic_barrier", "max_level")
+    return solver.name in looking or solver.name not in SOLVERS
 
 
 def uses_inner_chain(config: Config, solver: Named) -> bool:
@@ -63,25 +67,10 @@ def loss_function(name: str, key: str = "loss"):
     if name in _KNOWN:
         return _KNOWN[name][0]
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-            parameters = inspect.signature(found).parameters.values()
-        # Whatever the module raises, a slip of the pen in it too, is about this key.
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        found, positional = _own_function(name, key)
+        if not 1 <= positional <= 3:
             raise ConfigError(
-                f"{key}.name={name!r}: {reason}. It is read as module:function; the module must "
-                f"be importable from {Path.cwd()}"
-            ) from None
-        positional = [
-            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)
-        ]
-        if not 1 <= len(positional) <= 3:
-            raise ConfigError(
-                f"{key}.name={name!r} takes {len(positional)} positional arguments: a loss is a "
+                f"{key}.name={name!r} takes {positional} positional arguments: a loss is a "
                 "function of policy[, reference[, statistics]], its options keywords behind a *"
             )
         return found
@@ -89,6 +78,66 @@ def loss_function(name: str, key: str = "loss"):
         f"{key}.name={name!r}: choose one of {', '.join(_KNOWN)}{nearest(name, list(_KNOWN))}, "
         "or module:function for one of your own"
     )
+
+
+def solver_factory(name: str) -> Callable[..., Solver]:
+    """The factory of the table, or one of one's own given as ``module:function``.
+
+    Raises:
+        ConfigError: no such solver, module or function, or one that takes positional arguments.
+    """
+    if name in SOLVERS:
+        return SOLVERS[name]
+    if ":" in name:
+        found, positional = _own_function(name, "solver")
+        if positional:
+            raise ConfigError(
+                f"solver.name={name!r} takes {positional} positional arguments: a solver is made "
+                f"by a function of keywords behind a *, {', '.join(SUPPLIED)} as far as it uses "
+                "them and its options"
+            )
+        return found
+    raise ConfigError(
+        f"solver.name={name!r}: choose one of {', '.join(SOLVERS)}{nearest(name, list(SOLVERS))}, "
+        "or module:function for one of your own"
+    )
+
+
+def bound_solver(solver: Named, **supplied: Any) -> Solver:
+    """The solver that is asked for, made with its options and what it uses of ``supplied``.
+
+    ``supplied`` are ``outer``, ``inner`` and ``steps``, as ``make_solver`` takes them.
+
+    Raises:
+        ValueError: an option's value that the solver refuses.
+    """
+    return make_solver(solver_factory(solver.name), **supplied, **solver.options)
+
+
+def solver_tolerance(solver: Named) -> float:
+    """The bound of the safe region in nats per token: as set, else the default, else 0."""
+    default = hyperparameters(solver_factory(solver.name)).get("tolerance")
+    found = solver.options.get("tolerance", default)
+    return float(found) if _is_number(found) else 0.0
+
+
+def _own_function(name: str, key: str) -> tuple[Callable[..., Any], int]:
+    """What ``module:function`` names, and how many positional arguments it takes."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        parameters = inspect.signature(found).parameters.values()
+    # Whatever the module raises, a slip of the pen in it too, is about this key.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{key}.name={name!r}: {reason}. It is read as module:function; the module must "
+            f"be importable from {Path.cwd()}"
+        ) from None
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return found, sum(p.kind in kinds for p in parameters)
 
 
 def check_loss(loss: Named) -> None:

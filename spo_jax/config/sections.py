@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optax
 
-from spo_jax.config.choices import bound_loss, uses_gap
+from spo_jax.config.choices import bound_loss, bound_solver, uses_gap
 from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import (
     BUILTIN_TASK,
@@ -21,7 +21,7 @@ from spo_jax.config.schema import (
     ObjectiveConfig,
     OptimizerConfig,
 )
-from spo_jax.solvers import FORMS, INSIDE, PENALTIES, WEIGHT_SCHEDULES, make_solver
+from spo_jax.solvers import FORMS, INSIDE, PENALTIES, SOLVERS, WEIGHT_SCHEDULES
 from spo_jax.solvers.optimizers import optimizer_options
 from spo_jax.tasks import TASKS
 
@@ -35,6 +35,8 @@ def validate_solver(config: Config) -> None:
         "form": FORMS,
         "inside": INSIDE,
     }
+    if solver not in SOLVERS:  # one of one's own may mean something else by these names
+        known_values, options = {}, {}
     for key, known in known_values.items():
         if options.get(key, known[0]) not in known:
             raise ConfigError(
@@ -58,7 +60,7 @@ def validate_solver(config: Config) -> None:
             "preference_only"
         )
     try:
-        make_solver(solver, outer=optax.identity(), inner=optax.identity(), steps=1, **options)
+        bound_solver(config.solver, outer=optax.identity(), inner=optax.identity(), steps=1)
     except ValueError as error:
         raise ConfigError(f"solver.{error}") from None
     if solver == "unrolled" and config.inner.name != "sgd":

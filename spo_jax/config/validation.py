@@ -15,10 +15,11 @@ from spo_jax.config.choices import (
     check_loss,
     check_options,
     choices,
+    solver_factory,
     solver_uses,
     uses_inner_chain,
 )
-from spo_jax.config.parsing import ConfigError, config_from_tree, nearest, override, read_tree
+from spo_jax.config.parsing import ConfigError, config_from_tree, override, read_tree
 from spo_jax.config.ranges import validate_ranges
 from spo_jax.config.schema import BUILTIN_TASK, Config, Named
 from spo_jax.config.sections import (
@@ -31,7 +32,6 @@ from spo_jax.config.sections import (
     validate_solver,
     validate_stage,
 )
-from spo_jax.solvers import SOLVERS
 
 __all__ = [
     "checked_config",
@@ -112,12 +112,7 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
         ConfigError: with the key, the reason and the mend.
     """
     given = given or {}
-    if config.solver.name not in SOLVERS:
-        raise ConfigError(
-            f"solver.name={config.solver.name!r}: choose one of {', '.join(SOLVERS)}"
-            f"{nearest(config.solver.name, list(SOLVERS))}"
-        )
-    check_options("solver", config.solver, SOLVERS[config.solver.name])
+    check_options("solver", config.solver, solver_factory(config.solver.name))
     validate_solver(config)
     check_loss(config.loss)
     if not config.stages:

@@ -83,23 +83,31 @@ SUPPLIED = ("outer", "inner", "steps")
 
 
 def make_solver(
-    name: str,
+    solver: str | Callable[..., Solver],
     *,
     outer: optax.GradientTransformation,
     inner: optax.GradientTransformation,
     steps: int | None = None,
     **options: Any,
 ) -> Solver:
-    """The solver ``name`` of the table with its options, and with what it uses of the run.
+    """A solver of the table, or by a factory of one's own, with what it uses of the run.
 
-    ``steps`` is the number of updates, which only schedules of a solver's own ask for.
+    Of ``outer``, ``inner`` and ``steps`` the factory gets those that are among its keywords, and
+    all ``options``. ``steps`` is the number of updates, which only schedules of the weight ask for.
 
     Raises:
-        ValueError: an option's value that the solver refuses.
+        ValueError: an option's value that the solver refuses, or a factory that makes no solver.
     """
-    parameters = inspect.signature(SOLVERS[name]).parameters
+    factory = SOLVERS[solver] if isinstance(solver, str) else solver
+    parameters = inspect.signature(factory).parameters
     supplied = dict(zip(SUPPLIED, (outer, inner, steps), strict=True))
     used = {k: v for k, v in supplied.items() if k in parameters}
     # A configuration may well say 1 where 1.0 is meant.
-    whole = {k: float(v) for k, v in options.items() if parameters[k].annotation == "float"}
-    return SOLVERS[name](**used, **options | whole)
+    floats = (float, "float")
+    whole = {k: float(v) for k, v in options.items() if parameters[k].annotation in floats}
+    made = factory(**used, **options | whole)
+    if not isinstance(made, Solver):
+        raise ValueError(
+            f"name: {factory.__name__} made a {type(made).__name__}: expected Solver(init, update)"
+        )
+    return made

@@ -11,7 +11,13 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from spo_jax.config.choices import solver_uses, uses_gap
+from spo_jax.config.choices import (
+    bound_solver,
+    solver_factory,
+    solver_tolerance,
+    solver_uses,
+    uses_gap,
+)
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model, join, with_dropout
@@ -20,7 +26,7 @@ from spo_jax.objective.adapted import OnBase, Whole, adapted_objective
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
 from spo_jax.policies.adapters import lora_of
 from spo_jax.policies.loading import logit_rows, token_logprobs_of
-from spo_jax.solvers import SOLVERS, Solver, make_inner_only, make_optimizer, make_solver
+from spo_jax.solvers import Solver, make_inner_only, make_optimizer
 from spo_jax.training.update import init_state, jit_step, make_train_step
 from spo_jax.types import Params, TrainState
 
@@ -88,11 +94,10 @@ def make_stage(
     outer, schedule = make_chain(config.outer, steps)
     inner, inner_schedule = make_chain(config.inner, steps * inner_updates(named))
     objective = pair_objective(config, name, model, loss, mesh, inner_data=inner_data, steps=steps)
-    solver = make_solver(named.name, outer=outer, inner=inner, steps=steps, **named.options)
+    solver = bound_solver(named, outer=outer, inner=inner, steps=steps)
     if not solver_uses(named.name, "outer"):
         schedule = inner_schedule
-    tolerance = float(named.options.get("tolerance", 0.0))
-    return Stage(name, loop, steps, objective, solver, schedule, tolerance)
+    return Stage(name, loop, steps, objective, solver, schedule, solver_tolerance(named))
 
 
 def pair_objective(
@@ -170,7 +175,7 @@ def make_chain(config: OptimizerConfig, steps: int):
 
 def inner_updates(named: Named) -> int:
     """Updates of the inner chain in one update of the solver: the length of its schedule."""
-    parameters = inspect.signature(SOLVERS[named.name]).parameters
+    parameters = inspect.signature(solver_factory(named.name)).parameters
     if "inner_steps" not in parameters:
         return 1
     return named.options.get("inner_steps", parameters["inner_steps"].default)

@@ -11,7 +11,7 @@ import optax
 import pytest
 import yaml
 
-from spo_jax.config.choices import bound_loss, rows_kind, uses_gap
+from spo_jax.config.choices import bound_loss, rows_kind, solver_tolerance, uses_gap
 from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
@@ -449,6 +449,45 @@ def test_a_loss_of_ones_own(monkeypatch):
     assert "loss my_losses:own_loss needs the reference" in refused(loss=loss, **no_reference)
     assert "no attribute 'other'" in refused(loss={"name": "my_losses:other"})
     assert "importable from" in refused(loss={"name": "no_such_module:loss"})
+
+
+def make_own(*, outer: optax.GradientTransformation, strength: float, tolerance: float = -0.5):
+    if strength < 0:
+        raise ValueError(f"strength={strength}: from 0")
+    return make_solver("penalty", outer=outer, inner=outer, penalty_weight=strength)
+
+
+def test_a_solver_of_ones_own(monkeypatch):
+    module = types.ModuleType("my_solvers")
+    module.make_own = make_own
+    module.make_nothing = lambda *, outer: None
+    module.make_of_both = lambda *, outer, inner, penalty="mine", inner_steps=0: make_solver(
+        "alternating", outer=outer, inner=inner
+    )
+    module.positional = lambda outer: None
+    monkeypatch.setitem(sys.modules, "my_solvers", module)
+    solver = {"name": "my_solvers:make_own", "strength": 1}
+    found = checked(solver=solver).solver
+    assert (found.name, found.options) == ("my_solvers:make_own", {"strength": 1})
+    assert solver_tolerance(found) == -0.5
+    assert solver_tolerance(Named(found.name, {"strength": 1, "tolerance": -0.1})) == -0.1
+    # It may look at the gap, so a tracked inner value is not paid for in vain.
+    tracked = checked(solver=solver, **{"objective.inner_value": "tracked"})
+    assert "inner" not in unused_sections(tracked)
+    assert "inner" in unused_sections(checked(solver=solver))
+    assert "needs solver.strength" in refused(solver={"name": solver["name"]})
+    assert "solver.strengt would be ignored" in refused(solver={**solver, "strengt": 1})
+    assert "expected a number" in refused(solver={**solver, "strength": "x"})
+    assert "solver.strength=-1.0: from 0" in refused(solver={**solver, "strength": -1})
+    assert "inner would be ignored" in refused(solver=solver, inner__learning_rate=1.0)
+    both = {"name": "my_solvers:make_of_both", "penalty": "yours", "inner_steps": 0}
+    assert "inner" not in unused_sections(checked(solver=both))  # nor are these words ours there
+    assert "solver.name: <lambda> made a NoneType" in refused(
+        solver={"name": "my_solvers:make_nothing"}
+    )
+    assert "takes 1 positional" in refused(solver={"name": "my_solvers:positional"})
+    assert "no attribute 'other'" in refused(solver={"name": "my_solvers:other"})
+    assert "importable from" in refused(solver={"name": "no_such_module:make"})
 
 
 def test_a_file_is_laid_over_its_base(tmp_path):
