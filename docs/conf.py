@@ -50,17 +50,12 @@ def write_pages(app) -> None:
         for name, page in pages.PAGES.items()
     }
     made["configuration.md"] = reference.configuration_page()
-    titles = []
+    made["api.md"] = reference.api_index()
     for name, (title, rooms) in reference.GROUPS.items():
         made[f"api/{name}.rst"] = reference.api_page(title, rooms.split())
-        titles.append(f"- [{title}](api/{name}.rst): " + ", ".join(
-            f"`spo_jax.{room}`" for room in rooms.split()))  # fmt: skip
-    listed = "\n".join(f"api/{name}" for name in reference.GROUPS)
-    made["api.md"] = (
-        "# API\n\nThe public names, made of the docstrings. What stands *at the front door* is "
-        "imported from `spo_jax`, the rest from its room.\n\n" + "\n".join(titles)
-        + f"\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
-    )  # fmt: skip
+    for path in (HERE.parent / pages.SITE).rglob("*.*"):  # of another version
+        if path.relative_to(HERE.parent / pages.SITE).as_posix() not in made:
+            path.unlink()
     for name, text in made.items():
         path = HERE.parent / pages.SITE / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,19 @@ def api_page(title: str, rooms: list[str]) -> str:
     return "\n".join(parts)
 
 
+def api_index() -> str:
+    """The page above the groups."""
+    lines = [
+        "# API\n\nThe public names, made of the docstrings. What stands *at the front door* is "
+        "imported from `spo_jax`, the rest from its room.\n"
+    ]
+    for name, (title, rooms) in GROUPS.items():
+        listed = ", ".join(f"`spo_jax.{room}`" for room in rooms.split())
+        lines.append(f"- [{title}](api/{name}.rst): {listed}")
+    listed = "\n".join(f"api/{name}" for name in GROUPS)
+    return "\n".join([*lines, f"\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"])
+
+
 def heading(text: str, line: str) -> str:
     """A heading of reStructuredText."""
     return f"{text}\n{line * len(text)}\n"

@@ -130,8 +130,10 @@ def test_the_index_has_every_document():
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tpu/README.md"]
-    + sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    [
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tpu/README.md"),
+        *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ],
 )
 def test_links_lead_to_files_too(site, document):
     """As a Git host follows them; Sphinx looks at the anchors."""
