@@ -31,9 +31,9 @@ def pairs_of_sums(count: int) -> spo.CompletionBatch:
     sums = np.random.default_rng(0).integers(0, 100, (count, 2))
     texts = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}.", f"{a + b + 1:03d}.") for a, b in sums]
     ids = [[[CHARACTERS.index(c) for c in text] for text in row] for row in texts]
-    prompts, completions = np.array([row[0] for row in ids]), np.array([row[1:] for row in ids])
-    arrays = prompts, prompts >= 0, completions, completions >= 0, np.arange(count)
-    return spo.CompletionBatch(*map(jnp.asarray, arrays))
+    prompts, completions = jnp.array([row[0] for row in ids]), jnp.array([row[1:] for row in ids])
+    masks = jnp.ones_like(prompts, bool), jnp.ones_like(completions, bool)
+    return spo.CompletionBatch(prompts, masks[0], completions, masks[1], jnp.arange(count))
 
 
 def train(objective: spo.Objective, solver: spo.Solver, params, pairs: spo.CompletionBatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import spo_jax
 from spo_jax.cli import make_parser
 from spo_jax.cli.train import read_overrides
 from spo_jax.config.parsing import read_tree
@@ -359,6 +360,22 @@ def test_readme_imports_the_front_door():
     names = re.findall(r"^\s*(?:from|import) (spo_jax[\w.]*)", code("README.md"), re.MULTILINE)
     assert names
     assert all(name.count(".") <= 1 for name in names), names
+
+
+def test_type_checkers_see_the_front_door():
+    """``__init__.pyi`` lists what ``__init__.py`` imports when it is first used, and is shipped."""
+    seen = {}
+    for node in ast.parse((PACKAGE / "__init__.pyi").read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            # "X as X": that is what makes a name of a stub public.
+            assert all(alias.asname == alias.name for alias in node.names), node.module
+            seen |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.AnnAssign):
+            seen[node.target.id] = "spo_jax"
+    assert seen == spo_jax._MODULE_OF | {"__version__": "spo_jax"}
+    assert all(hasattr(spo_jax, name) for name in seen)
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {"py.typed", "*.pyi"} <= set(setup["package-data"]["spo_jax"])
 
 
 # Size and documentation

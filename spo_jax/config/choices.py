@@ -151,7 +151,7 @@ def check_loss(loss: Named) -> None:
         key = f"loss[{number}]"
         if not isinstance(member, Mapping) or "name" not in member:
             raise ConfigError(f"{key}={member!r}: expected {{name: dpo, weight: 0.5, beta: 0.1}}")
-        weight = member.get("weight")
+        weight: Any = member.get("weight")
         if not _is_number(weight) or weight <= 0:
             raise ConfigError(
                 f"{key}.weight={weight!r}: each loss of a list needs its weight, a positive number"
@@ -171,7 +171,7 @@ def bound_loss(loss: Named) -> PreferenceLoss:
             [(float(part["weight"]), bound_loss(_unweighted(part))) for part in parts]
         )
     fn = loss_function(loss.name)
-    options = {
+    options: dict[str, Any] = {
         # YAML's `beta: 1` is a whole number.
         k: float(v) if inspect.signature(fn).parameters[k].annotation in (float, "float") else v
         for k, v in loss.options.items()
@@ -218,14 +218,15 @@ def _refusal(name: str, options: tuple[tuple[str, Any], ...]) -> str | None:
 
     Shapes alone: to check a configuration is no reason to take a device, and memory of it.
     """
-    scalar = jax.ShapeDtypeStruct((1,), jnp.float32)
+    scalar: Any = jax.ShapeDtypeStruct((1,), jnp.float32)
     pair, statistics = PairLogprobs(*[scalar] * 4), jax.eval_shape(alphadpo_init_statistics)
     try:
         bound = bound_loss(Named(name, dict(options)))
         if name not in _KNOWN:  # one's own may do as it likes
             return None
         if bound.unpaired:
-            rows = UnpairedLogprobs(scalar, jax.ShapeDtypeStruct((1,), jnp.bool_))
+            desirable: Any = jax.ShapeDtypeStruct((1,), jnp.bool_)
+            rows = UnpairedLogprobs(scalar, desirable)
             jax.eval_shape(bound.loss, rows, rows, kl=jax.ShapeDtypeStruct((), jnp.float32))
             jax.eval_shape(bound.rewards, rows, rows)
         else:

@@ -186,10 +186,10 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``tree`` with dotted keys set; hyphens in keys are underscores."""
-    tree = _copy(tree)
+    found = _copy(tree)
     for key, value in overrides.items():
-        _set(tree, [part.replace("-", "_") for part in key.split(".")], value)
-    return tree
+        _set(found, [part.replace("-", "_") for part in key.split(".")], value)
+    return found
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
@@ -236,7 +236,7 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
                 f"{name} takes {', '.join(names)}"
             )
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             values[key] = _build(hint, value, f"{prefix}{key}.")
         else:
             values[key] = _coerce(value, hint, f"{prefix}{key}")
@@ -340,7 +340,7 @@ def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[An
 
 def flat_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             value = {str(number): item for number, item in enumerate(value)}

@@ -92,9 +92,8 @@ def validate_answers(config: Config) -> None:
     """The section ``answers``, and its rhythm against that of evaluations."""
     answers = config.answers
     if answers.data in (None, BUILTIN_TASK):
-        ignored = ("task", "subset", "max_prompt_length", "chat_template", "columns")
-        ignored = (*ignored, "ignore_columns")
-        for key in ignored:
+        ignored = ("task", "subset", "max_prompt_length", "chat_template")
+        for key in (*ignored, "columns", "ignore_columns"):
             if getattr(answers, key) != getattr(AnswersConfig(), key):
                 raise ConfigError(
                     f"answers.{key} would be ignored: the problems are those of {BUILTIN_TASK}"

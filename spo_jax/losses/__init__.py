@@ -260,7 +260,7 @@ def make_mixture(losses: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
     if any(part.unpaired for _, part in losses):
         raise ValueError("a mixture with a loss of unpaired completions: take that loss alone")
 
-    averaged = {part.statistic for _, part in losses if part.needs_statistics}
+    averaged = {part.statistic for _, part in losses if part.statistic is not None}
     if len(averaged) > 1:
         names = ", ".join(sorted(fn.__name__ for fn in averaged))
         raise ValueError(

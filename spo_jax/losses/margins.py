@@ -116,8 +116,8 @@ def dpo_shift_ramp_loss(
         if not 0 < weight <= 1:
             raise ValueError(f"{name}={weight}: use more than 0, up to 1 (DPO)")
     chosen, rejected = log_ratios(policy, reference)
-    weight = initial_weight + progress * (final_weight - initial_weight)
-    return logistic_loss(beta * (chosen - weight * rejected), label_smoothing)
+    share = initial_weight + progress * (final_weight - initial_weight)
+    return logistic_loss(beta * (chosen - share * rejected), label_smoothing)
 
 
 def bpo_loss(

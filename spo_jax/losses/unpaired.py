@@ -33,8 +33,8 @@ def kto_loss(
             raise ValueError(f"{name}={weight}: use a positive number; 1 changes nothing")
     above = beta * (policy.completion - reference.completion - kl)
     desirable = policy.desirable
-    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
-    return weight * jax.nn.sigmoid(jnp.where(desirable, -above, above))
+    weights = jnp.where(desirable, desirable_weight, undesirable_weight)
+    return weights * jax.nn.sigmoid(jnp.where(desirable, -above, above))
 
 
 def kto_rewards(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 
 from spo_jax.solvers.base import Solver, SolverState, apply_gradients, take_inner_steps
@@ -35,7 +37,8 @@ def make_alternating(
         return SolverState(params, outer.init(params), inner.init(params))
 
     def update(state, batch, levels):
-        params, inner_state, inner_aux, own = state.params, state.inner, None, {}
+        params, inner_state, inner_aux = state.params, state.inner, None
+        own: dict[str, Any] = {}
         if inner_steps:
             params, inner_state, inner_aux, own = take_inner_steps(
                 inner, params, inner_state, batch, levels, inner_steps=inner_steps

@@ -182,7 +182,7 @@ def inner_product(left: Params, right: Params) -> Scalar:
         dtype = jnp.promote_types(a.dtype, jnp.float32)
         return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
-    return sum(jax.tree.leaves(jax.tree.map(dot, left, right)))
+    return jnp.asarray(sum(jax.tree.leaves(jax.tree.map(dot, left, right))))
 
 
 def take_inner_steps(

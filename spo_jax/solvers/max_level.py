@@ -16,7 +16,7 @@ from spo_jax.solvers.one_level import gradient_of_one
 class MaxLevelVariables(NamedTuple):
     """The updates done, and the two gaps as they were last measured, the inner one weighted."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
     outer_gap: Scalar
     inner_gap: Scalar
 

@@ -40,7 +40,7 @@ def moved_share(new: Any, old: Any, grads: Any) -> Float[Array, ""]:
         moved = pulled & (stored_bits(after) != stored_bits(before))
         return jnp.stack([_count(moved), _count(pulled)])
 
-    moved, pulled = sum(jax.tree.leaves(jax.tree.map(counts, new, old, grads)))
+    moved, pulled = jnp.asarray(sum(jax.tree.leaves(jax.tree.map(counts, new, old, grads))))
     return moved / jnp.maximum(pulled, 1)
 
 

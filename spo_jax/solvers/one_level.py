@@ -22,7 +22,11 @@ def gradient_of_one(levels: Levels, params: Params, batch: Batch, wants_inner: B
     structure: in ``aux`` and values of the level that was not computed stands NaN (0 for whole
     numbers), which is not written to ``metrics.jsonl``.
     """
-    pulls = [partial(levels.gradient, weights=w) for w in ((1.0, 0.0), (0.0, 1.0))]
+
+    def weighed(weights):
+        return lambda params, batch: levels.gradient(params, batch, weights)
+
+    pulls = [weighed((1.0, 0.0)), weighed((0.0, 1.0))]
     auxes = [jax.eval_shape(pull, params, batch)[0][1] for pull in pulls]
     whole = jax.eval_shape(levels.merge, *auxes)
 

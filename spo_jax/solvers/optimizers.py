@@ -185,7 +185,8 @@ def typical_steps(
         scale = max(1, fan_out / fan_in) / max(fan_in, fan_out)
         return jnp.asarray(learning_rate * scale**0.5, jnp.float32)
 
-    leaves, structure = jax.tree.flatten(params)
+    structure: Any = jax.tree.structure(params)
+    leaves = jax.tree.leaves(params)
     matrices = [None] * len(leaves)
     if name == "muon":
         matrices = structure.flatten_up_to(_muon_dimensions(params))

@@ -17,7 +17,7 @@ WEIGHT_SCHEDULES = ("constant", "linear", "geometric")
 class PenaltyVariables(NamedTuple):
     """Of a weight that changes: the updates done, its place in the schedule."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count
 
 
 def penalty_slope(gap: Float[Array, ""], *, penalty: str, tolerance: float) -> Float[Array, ""]:
@@ -86,12 +86,11 @@ def make_penalty(
         raise ValueError(f"penalty_weight={penalty_weight}: a penalty cannot be negative")
     schedule = None
     if weight_schedule != "constant":
-        _check_schedule(weight_schedule, initial_weight, penalty_weight, steps)
         schedule = make_weight_schedule(
             weight_schedule,
             initial_weight=initial_weight,
             penalty_weight=penalty_weight,
-            steps=steps,
+            steps=_checked_steps(weight_schedule, initial_weight, penalty_weight, steps),
         )
 
     def init(params):
@@ -99,17 +98,16 @@ def make_penalty(
         return SolverState(params, outer.init(params), (), variables)
 
     def update(state, batch, levels):
-        if schedule is None:
-            weight, variables = float(penalty_weight), ()
-        else:
-            weight = schedule(state.variables.count)
-            variables = PenaltyVariables(state.variables.count + 1)
+        weight, variables = float(penalty_weight), state.variables
+        if schedule is not None:
+            weight = schedule(variables.count)
+            variables = PenaltyVariables(variables.count + 1)
 
-        def weights(_, gap):
+        def by_gap(_, gap):
             return 1.0, weight * penalty_slope(gap, penalty=penalty, tolerance=tolerance)
 
-        if penalty == "linear" or (schedule is None and penalty_weight == 0):
-            weights = (1.0, weight)  # known ahead of the pass
+        known = penalty == "linear" or (schedule is None and penalty_weight == 0)
+        weights = (1.0, weight) if known else by_gap  # known ahead of the pass
         (values, aux), grads = levels.gradient(state.params, batch, weights)
         params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
         applied = weights(*values) if callable(weights) else weights
@@ -119,7 +117,7 @@ def make_penalty(
     return Solver(init, update)
 
 
-def _check_schedule(kind: str, first: float, last: float, steps: int | None) -> None:
+def _checked_steps(kind: str, first: float, last: float, steps: int | None) -> int:
     if kind not in WEIGHT_SCHEDULES:
         raise ValueError(f"weight_schedule={kind!r}: choose one of {', '.join(WEIGHT_SCHEDULES)}")
     if first < 0:
@@ -131,3 +129,4 @@ def _check_schedule(kind: str, first: float, last: float, steps: int | None) -> 
         )
     if steps is None:
         raise ValueError(f"weight_schedule={kind} goes over the run: give steps, its updates")
+    return steps

@@ -80,11 +80,11 @@ def make_primal_dual(
     def update(state, batch, levels):
         multiplier, average, weight = state.variables
 
-        def weights(_, gap):
+        def by_gap(_, gap):
             return 1.0, multiplier * penalty_slope(gap, penalty="hinge", tolerance=tolerance)
 
-        if form == "lagrangian":
-            weights = (1.0, multiplier)  # known ahead of the pass
+        # That of the Lagrangian is known ahead of the pass.
+        weights = (1.0, multiplier) if form == "lagrangian" else by_gap
         (values, aux), grads = levels.gradient(state.params, batch, weights)
         params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
         applied = weights(*values) if callable(weights) else weights

@@ -62,8 +62,10 @@ def make_random_level(
             inner = jax.random.bernoulli(own, inner_probability)
             (_, aux), grads = gradient_of_one(levels, state.params, batch, inner)
         else:  # known beforehand: nothing to draw
-            inner = inner_probability == 1
-            (_, aux), grads = levels.gradient(state.params, batch, (1.0 - inner, float(inner)))
+            inner = jnp.asarray(inner_probability == 1)
+            (_, aux), grads = levels.gradient(
+                state.params, batch, (1.0 - inner_probability, float(inner_probability))
+            )
         params, outer_state, metrics = apply_gradients(outer, grads, state.outer, state.params)
         metrics["level"] = jnp.asarray(inner, jnp.int32)
         return SolverState(params, outer_state, (), RandomLevelVariables(key)), (aux, metrics)
