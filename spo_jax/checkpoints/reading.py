@@ -54,9 +54,9 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def broken_weights(state: Any) -> list[str]:
-    """Names of what is not finite in a train state: weights, moments, iterates, a tracked copy."""
+    """Names of what is not finite in a train state: weights, moments, iterates, copies."""
     copy = "objective/inner_value/"
-    weights = ("solver/", f"{copy}params/", f"{copy}optimizer/")
+    weights = ("solver/", "objective/reference/", f"{copy}params/", f"{copy}optimizer/")
     return [name for name in not_finite(state) if name.startswith(weights)]
 
 

@@ -30,6 +30,11 @@ BINDING = {
 }
 """Keys (and all below them) whose change a saved state does not survive, with the reason."""
 
+SWITCHES = {
+    "reference.moving": "the checkpoint holds a reference that moves with the policy, or none",
+}
+"""Keys below which values may change, but not whether there are any."""
+
 _OF_NO_ACCOUNT = ("output_dir", "compilation_cache", "rows_cache")
 
 
@@ -48,7 +53,7 @@ def check_changes(
     found = {k: v for k, v in changed_keys(config, saved).items() if k not in _OF_NO_ACCOUNT}
     if not found:
         return None
-    refused = [(key, _reason(key)) for key in found if _reason(key)]
+    refused = [(key, why) for key, values in found.items() if (why := _reason(key, values))]
     if refused and not allow:
         said = "; ".join(f"{_shown(key, found[key])} ({reason})" for key, reason in refused)
         raise ChangedConfig(
@@ -58,9 +63,10 @@ def check_changes(
     return "; ".join(_shown(key, values) for key, values in found.items())
 
 
-def _reason(key: str) -> str | None:
+def _reason(key: str, values: tuple[Any, Any]) -> str | None:
+    switched = BINDING | (SWITCHES if None in values else {})
     key = re.sub(r"\.\d+\.", ".", key)  # of a list of losses each has its name
-    return next((why for k, why in BINDING.items() if key == k or key.startswith(f"{k}.")), None)
+    return next((why for k, why in switched.items() if key == k or key.startswith(f"{k}.")), None)
 
 
 def _shown(key: str, values: tuple[Any, Any]) -> str:

@@ -19,6 +19,7 @@ from spo_jax.config.schema import (
     ObjectiveConfig,
     OptimizerConfig,
     PreferenceDataConfig,
+    ReferenceConfig,
     TaskConfig,
     TextsConfig,
 )
@@ -120,7 +121,7 @@ def _values(section: Any) -> Iterator[tuple[str, Any]]:
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         yield item.name, value
-        if isinstance(value, Mapping) and isinstance(section, OptimizerConfig):
+        if isinstance(value, Mapping) and isinstance(section, OptimizerConfig | ReferenceConfig):
             yield from ((f"{item.name}.{key}", inside) for key, inside in value.items())
         if isinstance(value, tuple):
             yield from ((f"{item.name}[{i}]", inside) for i, inside in enumerate(value))

@@ -144,12 +144,17 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen reference policy."""
+    """The reference policy."""
 
     mode: Literal["precomputed", "online", "none"] = _key(
         "precomputed", "log-probs computed once ahead | in every step | no reference at all"
     )
     path: str | None = _key(None, "reference model (default: the policy as it starts)")
+    moving: dict[str, int | float] = _key(
+        {},
+        "{alpha, every}, with mode online: it follows the policy, ref <- (1 - alpha) ref + alpha "
+        "policy after every so many updates (TR-DPO; 1: hard)",
+    )
     cache_dir: str | None = _key(None, "where log-probs are kept (default: the user's cache)")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from spo_jax.config.choices import bound_loss, bound_solver, uses_gap
+from spo_jax.config.moving_reference import computed_ahead, validate_moving
 from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import (
     BUILTIN_TASK,
@@ -204,7 +205,8 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
             f"objective.regularizer=hinge with loss {config.loss.name}: it compares pairs with the "
             "reference, and these rows are unpaired. Use nll, or inner_data: chosen"
         )
-    if reference.cache_dir and reference.mode != "precomputed":
+    validate_moving(config, loss)
+    if reference.cache_dir and not computed_ahead(config):
         raise ConfigError(
             f"reference.cache_dir would be ignored: reference.mode is {reference.mode}, "
             "nothing is computed ahead"

@@ -135,7 +135,29 @@ def _with_settings(given, sections, types, weighted) -> Found:
         used.add("precompute_ref_log_probs")
         kept = bool(given["precompute_ref_log_probs"])
         sections["reference"] = {"mode": "precomputed" if kept else "online"}
+    if given.get("sync_ref_model") is not None:
+        used.add("sync_ref_model")
+    if given.get("sync_ref_model"):
+        used |= _SYNC.keys()
+        sections["reference"] = _synced(given)
     return Found(sections, frozenset(used), tuple(notes))
+
+
+_SYNC = {"sync_ref_model": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+"""TRL's settings of a reference that moves, with its defaults."""
+
+
+def _synced(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The section ``reference`` where TRL has ``ref <- alpha policy + (1 - alpha) ref``."""
+    if given.get("precompute_ref_log_probs"):
+        raise ConfigError(
+            "sync_ref_model with precompute_ref_log_probs: log-probs computed once cannot move; "
+            "TRL refuses it too. Remove one of them"
+        )
+    alpha, every = (number(given, name, _SYNC[name]) for name in list(_SYNC)[1:])
+    if every != int(every):
+        raise ConfigError(f"ref_model_sync_steps={every:g}: expected a whole number")
+    return {"mode": "online", "moving": {"alpha": alpha, "every": int(every)}}
 
 
 def _dpo_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,4 +78,5 @@ def adapted_objective(
         return own.reference_point(params, batch, denominators, state, reference(frozen))
 
     point = None if plain.reference_point is None else reference_point
-    return Objective(plain.init, prepare, levels, evaluate, plain.paired_inner_value, point)
+    paired = plain.paired_inner_value
+    return Objective(plain.init, prepare, levels, evaluate, paired, point, plain.moving)

@@ -18,6 +18,7 @@ from spo_jax.objective.calibration import (
     make_head_gradients,
     update_calibration,
 )
+from spo_jax.objective.moving import Moving, start_reference
 from spo_jax.objective.state import ObjectiveState, RunningMin
 from spo_jax.objective.terms import (
     Binding,
@@ -52,7 +53,7 @@ __all__ = [
 class Objective(NamedTuple):
     """The two levels of one problem.
 
-    ``init(params) -> state``, which asks for ``params`` where the inner value is tracked;
+    ``init(params) -> state``, which asks for ``params`` where it holds a copy of them;
     ``prepare(state, params, batch, reference_params) -> state`` before an update: the tracked
     copy's steps, the balance of reward calibration, one update more, as far as there are such;
     ``levels(state, reference_params) -> Levels`` whose ``aux`` is ``(metrics, next state)``, with
@@ -61,6 +62,8 @@ class Objective(NamedTuple):
     ``paired_inner_value``: the terms' ``reference_inner`` is the inner value. ``reference_point``,
     called as ``evaluate`` is, is that of an unpaired loss before it is held above 0; it adds up
     over batches too, and ``evaluate`` is then given the whole, held, as the state's statistics.
+    ``moving`` says how the state's reference follows the policy, where it does: that one is then
+    the ``reference_params`` of an update, and follows when the update is done.
     """
 
     init: Callable[..., ObjectiveState]
@@ -69,6 +72,7 @@ class Objective(NamedTuple):
     evaluate: Callable[..., Terms]
     paired_inner_value: bool
     reference_point: Callable[..., Scalar] | None = None
+    moving: Moving | None = None
 
 
 def make_objective(
@@ -80,6 +84,7 @@ def make_objective(
     regularizer: str | None = None,
     regularizer_weight: float = 0.0,
     reference: str = "precomputed",
+    moving: Moving | None = None,
     micro_batches: int = 1,
     inner: optax.GradientTransformation | None = None,
     tracked_steps: int = 1,
@@ -93,7 +98,9 @@ def make_objective(
     ``reference``, ``running_min``, ``tracked`` (by ``tracked_steps`` of the chain ``inner``, see
     ``make_tracking``) or a number in nats per token; ``reference`` ``precomputed`` (log-probs lie
     in the batch), ``online`` (``levels`` gets the reference's parameters) or ``none``. With
-    ``loss=None`` there is only an inner level.
+    ``loss=None`` there is only an inner level. ``moving`` is for ``online``: the loss and its
+    rewards are then against those parameters, and what is counted from the start (log-ratios,
+    the inner value, the hinge) against the log-probs that lie in the batch.
 
     ``reward_calibration`` is the decay of its running mean, and wants ``head_gradients`` (of
     ``make_head_gradients``): see ``update_calibration``. It rebalances the gradient of the loss
@@ -106,6 +113,8 @@ def make_objective(
             f"length_desensitized with reference={reference!r}: the reference's log-probs are "
             "needed by token, not as sums; use online, or a loss without a reference"
         )
+    if moving is not None and (reference != "online" or loss is None or not loss.needs_reference):
+        raise ValueError("moving is for a loss with a reference, and for reference='online'")
     if reward_calibration is not None:
         _check_calibration(loss, reward_calibration, head_gradients)
     if loss is not None and loss.needs_progress and not steps:
@@ -119,6 +128,7 @@ def make_objective(
         regularizer_weight,
         reference,
         head_gradients,
+        start_in_batch=moving is not None,
     )
 
     tracking: Tracking | None = None
@@ -138,6 +148,8 @@ def make_objective(
             state = state._replace(calibration=init_calibration())
         if loss is not None and loss.needs_progress:
             state = state._replace(updates=jnp.zeros((), jnp.int32))
+        if moving is not None:
+            state = state._replace(reference=start_reference(params))
         return state
 
     def bound(state: ObjectiveState) -> Binding:
@@ -179,7 +191,9 @@ def make_objective(
 
     def levels(state: ObjectiveState, reference_params: Params | None = None) -> Levels:
         fixed = bound(state)
-        if tracking is not None:  # weights in aux would be copied wherever a solver branches
+        # Weights in aux would be copied wherever a solver branches.
+        state = state._replace(reference=())
+        if tracking is not None:
             state = state._replace(inner_value=state.inner_value.value)
         return update_levels(fixed, state, reference_params, micro_batches=micro_batches)
 
@@ -207,6 +221,7 @@ def make_objective(
         evaluate,
         binding.paired_inner_value or tracking is not None,
         reference_point if unpaired else None,
+        moving,
     )
 
 

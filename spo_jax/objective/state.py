@@ -25,10 +25,11 @@ class ObjectiveState(NamedTuple):
 
     ``statistics`` are a loss's running means, ``inner_value`` a ``RunningMin`` or a ``Tracked``
     copy, ``calibration`` is that of the rewards, ``updates`` counts those begun, for a loss that
-    changes over the run.
+    changes over the run, ``reference`` is a ``MovingReference``.
     """
 
     statistics: Any = ()
     inner_value: Any = ()
     calibration: Any = ()
     updates: Any = ()
+    reference: Any = ()

@@ -130,6 +130,7 @@ class Binding:
     head_gradients: HeadGradientsFn | None = None
     factor: Scalar | None = None
     progress: Scalar | None = None
+    start_in_batch: bool = False
 
     @property
     def paired_inner_value(self) -> bool:
@@ -222,16 +223,22 @@ class Binding:
             sums = completion_logprobs(self.logprobs, reference_params, batch)
             return jax.lax.stop_gradient(sums)
         if self.reference == "precomputed":
-            return batch.reference_logprobs.reshape(-1, batch.completion_tokens.shape[1])
+            return _sums_in(batch)
         return None
+
+    def _start_sums(self, batch: CompletionBatch, reference_params: Params | None):
+        """Of the reference as the run began: with one that moves, they lie in the batch."""
+        if self.start_in_batch:
+            return _sums_in(batch)
+        return self._reference_sums(batch, reference_params)
 
     def _sft_terms(self, params, rows, tokens, reference_params) -> Terms:
         counted = 1.0 if rows.desirable is None else rows.desirable.ravel()
         sums = completion_logprobs(self.logprobs, params, rows)
         value = zero = jnp.zeros((), jnp.float32)
         if self.paired_inner_value:
-            frozen = self._reference_sums(rows, reference_params)
-            value = token_mean_nll(counted * frozen.ravel(), tokens)
+            start = self._start_sums(rows, reference_params)
+            value = token_mean_nll(counted * start.ravel(), tokens)
         return Terms(zero, token_mean_nll(counted * sums.ravel(), tokens), value, {})
 
     def _pair_logprobs(self, params, pairs, reference_params):
@@ -262,6 +269,10 @@ class Binding:
 
     def _pair_terms(self, params, pairs, denominators, statistics, reference_params) -> Terms:
         policy, frozen, valid, more = self._pair_logprobs(params, pairs, reference_params)
+        start = frozen
+        if self.start_in_batch:
+            sums = _sums_in(pairs)
+            start = frozen._replace(chosen=sums[:, CHOSEN], rejected=sums[:, REJECTED])
         if callable(statistics):
             statistics = statistics(self._statistic_moments(policy, frozen, valid, denominators))
         seen = policy
@@ -277,13 +288,13 @@ class Binding:
         inner = token_mean_nll(valid * policy.chosen, denominators.chosen_tokens)
         value = jnp.zeros((), jnp.float32)
         if self.paired_inner_value:
-            value = token_mean_nll(valid * frozen.chosen, denominators.chosen_tokens)
-        metrics = {k: mean(x) for k, x in _pair_metrics(self.loss, policy, frozen).items()}
+            value = token_mean_nll(valid * start.chosen, denominators.chosen_tokens)
+        metrics = {k: mean(x) for k, x in _pair_metrics(self.loss, policy, frozen, start).items()}
         metrics["loss"] = loss
         if self.regularizer == "nll":
             outer = outer + self.regularizer_weight * inner
         elif self.regularizer == "hinge":
-            metrics["regularizer"] = mean(chosen_hinge(policy, frozen))
+            metrics["regularizer"] = mean(chosen_hinge(policy, start))
             outer = outer + self.regularizer_weight * metrics["regularizer"]
         share = mean(jnp.ones_like(valid))
         shares = jax.tree.map(lambda s: s * share, () if statistics is None else statistics)
@@ -293,6 +304,7 @@ class Binding:
         own, desirable = one_branch(rows, CHOSEN), rows.desirable.ravel()
         sums = completion_logprobs(self.logprobs, params, own)[:, 0]
         frozen = self._reference_sums(own, reference_params)[:, 0]
+        start = frozen if not self.start_in_batch else _sums_in(own)[:, 0]
         both = UnpairedLogprobs(sums, desirable), UnpairedLogprobs(frozen, desirable)
         valid = example_ids(rows) >= 0
         count = jnp.maximum(denominators.rows, 1)
@@ -300,14 +312,25 @@ class Binding:
         inner = token_mean_nll(desirable * sums, denominators.chosen_tokens)
         value = jnp.zeros((), jnp.float32)
         if self.paired_inner_value:
-            value = token_mean_nll(desirable * frozen, denominators.chosen_tokens)
+            value = token_mean_nll(desirable * start, denominators.chosen_tokens)
         if self.regularizer == "nll":
             outer = outer + self.regularizer_weight * inner
         chosen = denominators.chosen_rows
         metrics = unpaired_metrics(
-            self.loss.rewards(*both), *both, kl, valid, chosen_rows=chosen, rows=denominators.rows
+            self.loss.rewards(*both),
+            *both,
+            start,
+            kl,
+            valid,
+            chosen_rows=chosen,
+            rows=denominators.rows,
         )
         return Terms(outer, inner, value, jax.lax.stop_gradient({**metrics, "loss": loss}))
+
+
+def _sums_in(batch: CompletionBatch) -> Float[Array, "examples n"]:
+    """The reference log-probs that lie in a batch."""
+    return batch.reference_logprobs.reshape(-1, batch.completion_tokens.shape[1])
 
 
 def _pair(sums: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PairLogprobs:
@@ -316,9 +339,17 @@ def _pair(sums: Float[Array, "B 2"], lengths: Float[Array, "B 2"]) -> PairLogpro
     )
 
 
-def _pair_metrics(loss: PreferenceLoss, policy: PairLogprobs, frozen: PairLogprobs | None):
-    """Per-example values of what a preference trainer reports."""
-    chosen, rejected = loss.rewards(policy, frozen)
+def _pair_metrics(
+    loss: PreferenceLoss,
+    policy: PairLogprobs,
+    reference: PairLogprobs | None,
+    start: PairLogprobs | None,
+):
+    """Per-example values of what a preference trainer reports.
+
+    Rewards are against the loss's reference, log-ratios against the one that the run began with.
+    """
+    chosen, rejected = loss.rewards(policy, reference)
     metrics = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -328,10 +359,10 @@ def _pair_metrics(loss: PreferenceLoss, policy: PairLogprobs, frozen: PairLogpro
         "logprobs/rejected": policy.rejected,
         "logprobs/accuracies": (policy.chosen > policy.rejected).astype(jnp.float32),
     }
-    if frozen is not None:
+    if start is not None:
         metrics |= {
-            "log_ratio/chosen": policy.chosen - frozen.chosen,
-            "log_ratio/rejected": policy.rejected - frozen.rejected,
+            "log_ratio/chosen": policy.chosen - start.chosen,
+            "log_ratio/rejected": policy.rejected - start.rejected,
         }
         metrics["log_ratio/margin"] = metrics["log_ratio/chosen"] - metrics["log_ratio/rejected"]
     return metrics

@@ -42,6 +42,7 @@ def unpaired_metrics(
     rewards: Float[Array, "B"],
     policy: UnpairedLogprobs,
     reference: UnpairedLogprobs,
+    start: Float[Array, "B"],
     kl: Float[Array, ""],
     valid: Bool[Array, "B"],
     *,
@@ -53,6 +54,8 @@ def unpaired_metrics(
     Chosen are the desirable ones, rejected the others, as TRL names them; a mean over none is
     NaN. Margins are differences of means. Accurate is a desirable completion whose log-ratio lies
     above ``kl``, or another below it: there are no pairs to compare. ``kl`` is each row's share.
+    ``start`` are log-probs under the reference that the run began with: log-ratios are counted from
+    there, also where ``reference`` moves.
     """
     desirable = policy.desirable & valid
     ratio = policy.completion - reference.completion
@@ -61,7 +64,8 @@ def unpaired_metrics(
         "rewards/accuracies": jnp.sum(valid & right) / rows,
         "kl": kl * jnp.sum(valid) / rows,
     }
-    values = {"rewards": rewards, "logprobs": policy.completion, "log_ratio": ratio}
+    since = policy.completion - start
+    values = {"rewards": rewards, "logprobs": policy.completion, "log_ratio": since}
     for name, x in values.items():
         chosen = jnp.sum(desirable * x) / chosen_rows
         rejected = jnp.sum((valid & ~desirable) * x) / (rows - chosen_rows)

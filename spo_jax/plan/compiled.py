@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from spo_jax.config.choices import bound_loss
+from spo_jax.config.moving_reference import computed_ahead, stays_online
 from spo_jax.config.schema import Config, DataConfig
 from spo_jax.models import Model, init_model
 from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
@@ -131,8 +132,8 @@ def assemble(
     steps = loop_of(config, stage).steps or _STEPS
     loss = bound_loss(config.loss)
     found = make_stage(config, stage, model, loss, mesh, steps=steps)
-    online = stage != "sft" and config.reference.mode == "online"
-    frozen = stage != "sft" and config.reference.mode == "precomputed"
+    online = stage != "sft" and stays_online(config)
+    frozen = stage != "sft" and computed_ahead(config)
 
     def shapes(part: Rows) -> CompletionBatch:
         judged = loss.unpaired and part.level == "preference"

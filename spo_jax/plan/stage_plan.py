@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from spo_jax import __version__
+from spo_jax.config.moving_reference import moves
 from spo_jax.config.schema import Config
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.software import versions
@@ -103,7 +104,9 @@ def plan_stage(
         record |= _refused(refused, room)
     else:
         online = stage != "sft" and config.reference.mode == "online"
-        needed = model_flops(model, parts, reference_rows=parts if online else ())
+        # Of one that moves the log-probs of the inner level's rows are the start's, from the batch.
+        judged = parts[:1] if moves(config) else parts
+        needed = model_flops(model, parts, reference_rows=judged if online else ())
         record |= _compiled(compiled, text, machine, room, needed)
         record["run"] = _run(config, stage, record, rows)
     record["compile_seconds"] = time.perf_counter() - started

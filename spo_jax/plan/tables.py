@@ -55,6 +55,7 @@ def _state_parts(assembled: Assembled) -> list[tuple[str, Any]]:
     tracked = objective.inner_value if isinstance(objective.inner_value, Tracked) else ()
     if tracked:
         objective = objective._replace(inner_value=tracked.value)
+    moving, objective = objective.reference, objective._replace(reference=())
     return [
         ("parameters", solver.params),
         ("optimizer moments (outer)", solver.outer),
@@ -63,6 +64,7 @@ def _state_parts(assembled: Assembled) -> list[tuple[str, Any]]:
         ("tracked parameters", tracked.params if tracked else ()),
         ("optimizer moments (tracked)", tracked.optimizer if tracked else ()),
         ("reference parameters", assembled.reference_params),
+        ("moving reference", moving),
         ("counters and statistics", (state.step, objective, state.key)),
     ]
 

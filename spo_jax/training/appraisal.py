@@ -38,14 +38,22 @@ def make_heldout(
     """``make_evaluate`` on the held-out rows of a stage; None where there are none.
 
     ``logprobs`` are the frozen reference's. Held-out pairs are judged with the chosen as inner
-    data, whatever training uses.
+    data, whatever training uses, and against the reference that the stage begins with, so that
+    figures of one run, and of runs beside it, can be compared.
     """
     if rows.heldout is None:
         return None
     objective = stage.objective
     if stage.name != "sft":
         objective = pair_objective(
-            config, stage.name, model, loss, mesh, inner_data="chosen", steps=stage.steps
+            config,
+            stage.name,
+            model,
+            loss,
+            mesh,
+            inner_data="chosen",
+            steps=stage.steps,
+            frozen=True,
         )
     batches = heldout_batches(rows, stage.loop, logprobs, mesh)
     return make_evaluate(objective, batches, partial(place_batch, mesh=mesh))

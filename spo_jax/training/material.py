@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
 from spo_jax.config.choices import rows_kind
+from spo_jax.config.moving_reference import computed_ahead
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, LoopConfig
 from spo_jax.data import BatchSource, TrainIterator, eval_batches, make_train_iterator
 from spo_jax.dynamics.probes import Probes
@@ -153,7 +154,7 @@ def frozen_logprobs(
     config: Config, model: Model, reference: Params | None, rows: StageRows, mesh: Mesh
 ) -> Frozen:
     """What the reference says of all rows of a stage of pairs, computed or from the cache."""
-    if config.reference.mode != "precomputed":
+    if not computed_ahead(config):
         return Frozen()
     size = config.train.eval_batch_size or config.train.batch_size
     logprobs_of = make_reference_logprobs(config, model, reference, mesh, batch_size=size)

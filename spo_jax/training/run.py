@@ -14,6 +14,7 @@ from spo_jax.checkpoints import Checkpoints
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
 from spo_jax.checkpoints.user_cache import keep_compiled
 from spo_jax.config.choices import bound_loss
+from spo_jax.config.moving_reference import check_it_moves, moves, stays_online
 from spo_jax.config.parsing import config_to_dict
 from spo_jax.config.schema import Config
 from spo_jax.dynamics.probes import probe_rhythm
@@ -21,6 +22,7 @@ from spo_jax.evaluation.answers import Exam, check_exam, make_exam
 from spo_jax.evaluation.texts import Texts, make_texts
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import join, split
+from spo_jax.objective.moving import MovingReference
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
 from spo_jax.policies.adapters import adapted, check_base, write_base
@@ -62,7 +64,7 @@ from spo_jax.training.trackers import (
     Progress,
 )
 from spo_jax.training.update import init_state, shard_state
-from spo_jax.types import TrainState
+from spo_jax.types import Params, TrainState
 
 
 class StageResult(NamedTuple):
@@ -170,13 +172,17 @@ def run_stage(
         frozen = frozen_logprobs(
             config, start.model, reference and join(base, reference), rows, mesh
         )
-    online = reference if config.reference.mode == "online" else None
+    online = reference if stays_online(config) else None
+    elsewhere = moves(config) and config.reference.path is not None
+    moving = reference if pairs and elsewhere else None
     stays = what_stays(base, online)
     del reference  # what is computed ahead needs no second model in memory from here on
     batches = make_batches(config, name, rows, frozen, mesh)
 
     # Objective, solver and optimizer: the update.
     steps = number_of_steps(loop_of(config, name), len(rows.own.train))
+    if pairs:
+        check_it_moves(config, steps)
     stage = make_stage(config, name, start.model, loss, mesh, steps=steps)
     update = compile_update(stage, trained, mesh, stays)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
@@ -207,7 +213,8 @@ def run_stage(
             config, stage, checkpoints, like, batches, alarm, allow_changes=allow_changes
         )
     else:
-        state, counters = first_state(config, stage, start, mesh, donate=donate), Counters()
+        state = first_state(config, stage, start, mesh, donate=donate, moving=moving)
+        counters = Counters()
         if base is not None:
             write_base(folder, config.model.path, base)
     by_first(lambda: describe_run(config, name, folder, start.folder))
@@ -280,11 +287,25 @@ def load_start(config: Config, mesh: Mesh, *, unchanged: bool = False) -> Policy
 
 
 def first_state(
-    config: Config, stage: Stage, start: Policy, mesh: Mesh, *, donate: bool
+    config: Config,
+    stage: Stage,
+    start: Policy,
+    mesh: Mesh,
+    *,
+    donate: bool,
+    moving: Params | None = None,
 ) -> TrainState:
-    """The state before the first update, made where it will live."""
-    init = partial(init_state, stage.solver, stage.objective)
-    return shard_state(init, mesh, split(start.params)[0], raw_key(config.seed), donate=donate)[0]
+    """The state before the first update, made where it will live.
+
+    ``moving`` are the parameters that its reference begins with, where they are not the policy's;
+    the state takes over their buffers.
+    """
+    init, params = partial(init_state, stage.solver, stage.objective), split(start.params)[0]
+    state, shardings = shard_state(init, mesh, params, raw_key(config.seed), donate=donate)
+    if moving is None:
+        return state
+    reference = jax.device_put(MovingReference(moving), shardings.objective.reference)
+    return state._replace(objective=state.objective._replace(reference=reference))
 
 
 def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
@@ -297,7 +318,7 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     _, base = split(start.params)
     reference = keep_reference(config, folder, start, mesh, resume=resume)
     frozen = frozen_logprobs(config, start.model, reference and join(base, reference), rows, mesh)
-    online = reference if config.reference.mode == "online" else None
+    online = reference if stays_online(config) else None
     steps = number_of_steps(config.train, len(rows.own.train))
     stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)

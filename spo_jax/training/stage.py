@@ -18,11 +18,13 @@ from spo_jax.config.choices import (
     solver_uses,
     uses_gap,
 )
+from spo_jax.config.moving_reference import moves
 from spo_jax.config.schema import Config, LoopConfig, Named, OptimizerConfig
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model, join, with_dropout
 from spo_jax.objective import Objective, make_head_gradients, make_objective
 from spo_jax.objective.adapted import OnBase, Whole, adapted_objective
+from spo_jax.objective.moving import make_moving
 from spo_jax.parallel.mesh import check_batch_size, sharded_shapes
 from spo_jax.policies.adapters import lora_of
 from spo_jax.policies.loading import logit_rows, token_logprobs_of
@@ -109,11 +111,13 @@ def pair_objective(
     *,
     inner_data: str,
     steps: int,
+    frozen: bool = False,
 ) -> Objective:
     """The two levels of the stage ``name`` on pairs; ``inner_data`` is ``chosen`` or ``sft``.
 
     ``steps`` are the stage's updates, the length of a tracked copy's schedule. A stage whose solver
     does not look at the gap has no such copy: it counts the gap from the reference, if it has one.
+    ``frozen``: against the reference that the stage begins with, also where training's moves.
     """
     section = config.objective
     inner_value, options = section.inner_value, {}
@@ -122,6 +126,12 @@ def pair_objective(
     elif inner_value == "tracked":
         inner, _ = make_chain(config.inner, steps * section.tracked_steps)
         options = {"inner": inner, "tracked_steps": section.tracked_steps}
+    mode = config.reference.mode
+    if moves(config) and frozen:
+        mode = "precomputed"
+    elif moves(config):
+        asked = config.reference.moving
+        options["moving"] = make_moving(alpha=float(asked["alpha"]), every=int(asked["every"]))
     return _objective(
         config,
         model,
@@ -132,7 +142,7 @@ def pair_objective(
         inner_value=inner_value,
         regularizer=section.regularizer,
         regularizer_weight=section.regularizer_weight,
-        reference=config.reference.mode,
+        reference=mode,
         reward_calibration=section.reward_calibration,
         steps=steps,
         **options,

@@ -11,6 +11,7 @@ import optax
 
 from spo_jax.objective.adapted import OnBase
 from spo_jax.objective.levels import Objective, Tracked
+from spo_jax.objective.moving import MovingReference
 from spo_jax.parallel.mesh import tree_shardings
 from spo_jax.solvers import INNER, OUTER, Solver, all_finite
 from spo_jax.types import BilevelBatch, Params, TrainState
@@ -23,16 +24,18 @@ def make_train_step(
 
     Adds ``lr``, ``inside_safe_region`` (1 where the gap is at most ``tolerance``, nats per
     token), ``tokens`` (real ones of the global batch, both levels) and ``skipped`` to the metrics
-    of objective and solver. Where a loss or a gradient is not finite, or what finite ones do not
-    bound (``_unbounded``), the update is not applied: parameters, optimizers, multipliers and
-    statistics stay, bit for bit, ``skipped`` is 1, and only the step's number and its key go on.
-    The norm of the step itself is a metric for the loop to look at: to wait for it would keep the
-    step in memory beside the state.
+    of objective and solver. A reference that moves (``Objective.moving``) lies in the state: it
+    takes the place of ``reference_params``, and follows the policy behind the update.
+
+    Where a loss or a gradient is not finite, or what finite ones do not bound (``_unbounded``), the
+    update is not applied: parameters, optimizers, multipliers, statistics and such a reference
+    stay, bit for bit, ``skipped`` is 1, and only the step's number and its key go on. The norm of
+    the step itself is a metric for the loop to look at: to wait for it would keep the step in
+    memory beside the state.
     """
 
     def step(state: TrainState, batch: Any, reference_params: Params | None = None):
-        if isinstance(reference_params, OnBase):  # its dropout draws anew in every update
-            reference_params = reference_params._replace(key=state.key)
+        reference_params = _of_update(reference_params, state)
         before = objective.prepare(state.objective, state.solver.params, batch, reference_params)
         levels = objective.levels(before, reference_params)
         solver_state, ((metrics, objective_state), own) = solver.update(state.solver, batch, levels)
@@ -48,8 +51,13 @@ def make_train_step(
         solver_state, objective_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
             (solver_state, objective_state),
-            (state.solver, state.objective),
+            (state.solver, state.objective._replace(reference=())),
         )
+        if objective.moving is not None:
+            moved = objective.moving.follow(
+                state.objective.reference, solver_state.params, state.step + 1, fine
+            )
+            objective_state = objective_state._replace(reference=moved)
         for name in ("moved_share", "inner_moved_share"):
             if name in metrics:
                 metrics[name] = jnp.where(fine, metrics[name], 0.0)
@@ -58,6 +66,16 @@ def make_train_step(
         return TrainState(state.step + 1, solver_state, objective_state, key), metrics
 
     return step
+
+
+def _of_update(given: Params | OnBase | None, state: TrainState) -> Params | OnBase | None:
+    """The objective's ``reference_params`` in this update, of what training has ``given``."""
+    moving = state.objective.reference
+    moves = isinstance(moving, MovingReference)
+    if isinstance(given, OnBase):  # its dropout draws anew in every update
+        given = given._replace(key=state.key)
+        return given._replace(reference=moving.params) if moves else given
+    return moving.params if moves else given
 
 
 _DECIDING = ("loss", "inner_loss", "grad_norm", "inner_grad_norm")

@@ -87,3 +87,24 @@ def test_keys_of_a_mapping_that_was_empty_are_said():
     assert "data.columns.prompt: a -> None" in check_changes(
         config_from_tree(TREE), saved, run="RUN"
     )
+
+
+def test_how_a_reference_moves_may_change_and_whether_it_does_may_not():
+    moving = {"reference": {"mode": "online", "moving": {"alpha": 0.6, "every": 512}}}
+    saved = config_to_dict(config_from_tree(TREE | moving))
+
+    def resumed(reference, **options):
+        now = config_from_tree({**TREE, "reference": reference})
+        return check_changes(now, saved, run="RUN", **options)
+
+    other = {"mode": "online", "moving": {"alpha": 1, "every": 64}}
+    said = resumed(other)
+    assert "reference.moving.alpha: 0.6 -> 1" in said
+    assert "reference.moving.every: 512 -> 64" in said
+    with pytest.raises(
+        ChangedConfig, match=r"moving\.alpha: 0\.6 -> None \(the checkpoint holds a ref"
+    ):
+        resumed({"mode": "online"})
+    assert "reference.moving.alpha: 0.6 -> None" in resumed({"mode": "online"}, allow=True)
+    with pytest.raises(ChangedConfig, match=r"reference\.moving\.every: None -> 512"):
+        check(moving | {"train.steps": 20})

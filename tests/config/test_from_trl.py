@@ -321,3 +321,25 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out == out.read_text().replace("size: 16", "size: 8").replace(
         "x 2", "x 1"
     )
+
+
+def test_a_reference_that_moves_is_carried(made):
+    tree, left, _ = made({"sync_ref_model": True}, "dpo")
+    assert left == ""
+    assert tree["reference"] == {"mode": "online", "moving": {"alpha": 0.6, "every": 512}}
+    asked = {"sync_ref_model": True, "ref_model_mixup_alpha": 1, "ref_model_sync_steps": 64}
+    tree, left, _ = made(asked | {"max_steps": 200, "precompute_ref_log_probs": False}, "kto")
+    assert left == ""
+    assert tree["reference"] == {"mode": "online", "moving": {"alpha": 1.0, "every": 64}}
+    tree, left, _ = made({"sync_ref_model": False, "ref_model_sync_steps": 64}, "dpo")
+    assert left == "ref_model_sync_steps=64: without effect in TRL beside the other settings"
+    assert "reference" not in tree
+    for more, words in (
+        ({"precompute_ref_log_probs": True}, "log-probs computed once cannot move"),
+        ({"ref_model_sync_steps": 2.5}, "ref_model_sync_steps=2.5: expected a whole number"),
+        ({"max_steps": 64}, r"would be ignored: .* \(in TRL's words: .*ref_model_sync_steps"),
+        ({"ld_alpha": 0.5}, "reference.moving with loss.length_desensitized"),
+        ({"use_peft": True, "ref_model_mixup_alpha": 0.5}, r"with lora.*ref_model_mixup_alpha"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            made(asked | more, "dpo")

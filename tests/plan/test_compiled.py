@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spo_jax.config.choices import bound_loss
+from spo_jax.config.moving_reference import stays_online
 from spo_jax.config.validation import checked_config, load_config
 from spo_jax.models import init_model, load_hf_config
 from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
@@ -51,6 +52,7 @@ KINDS = {
         "objective": {"inner_data": "sft"},
         "train": {**TREE["train"], "inner_batch_size": 32},
     },
+    "a reference that moves": {"reference": {"mode": "online", "moving": {"alpha": 1, "every": 2}}},
     "unpaired rows": {
         "loss": {"name": "kto", "beta": 0.1},
         "data": {**SHORT, "eval_fraction": 0.25},
@@ -95,7 +97,7 @@ def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     rows = rows_of_stage(config, "preference", start, {}, resume=False)
     reference = keep_reference(config, tmp_path, start, mesh, resume=False)
     frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
-    online = reference if config.reference.mode == "online" else None
+    online = reference if stays_online(config) else None
     stage = make_stage(
         config, "preference", start.model, bound_loss(config.loss), mesh, steps=config.train.steps
     )
@@ -140,17 +142,31 @@ def test_memory_of_a_device():
     assert memory["total"] == held
 
 
+def tiny_groups(**keys):
+    """What an update of these settings holds, by name."""
+    config = config_of(mesh={"data": 1, "fsdp": -1}, **keys)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    model = make_model(config, {**ARCHITECTURE, "vocab_size": 64}, mesh)
+    rows = stage_rows(config, "preference", prompt_length=8, completion_length=16)
+    groups = groups_of(assemble(config, model, mesh, "preference", rows))
+    return {group.name: group for group in groups}
+
+
+def test_a_reference_that_moves_takes_the_place_of_the_frozen_one():
+    ahead = tiny_groups()
+    moving = tiny_groups(reference={"mode": "online", "moving": {"alpha": 1, "every": 2}})
+    assert set(moving) - set(ahead) == {"moving reference"}
+    found, policy = moving["moving reference"], moving["parameters"]
+    assert (found.bytes, found.bytes_per_device) == (policy.bytes, policy.bytes_per_device)
+    # The start's log-probs lie in the batch, as where nothing is online.
+    for name in ("batch", "counters and statistics"):
+        assert moving[name].bytes == ahead[name].bytes
+    assert "reference parameters" in tiny_groups(reference={"mode": "online"})
+
+
 def test_a_tracked_copy_counts_its_weights_and_moments():
     tracked = {"objective": {"inner_value": "tracked"}, "solver": {"name": "primal_dual"}}
-    found = []
-    for keys in ({"solver": {"name": "primal_dual"}}, tracked):
-        config = config_of(mesh={"data": 1, "fsdp": -1}, **keys)
-        mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        model = make_model(config, {**ARCHITECTURE, "vocab_size": 64}, mesh)
-        rows = stage_rows(config, "preference", prompt_length=8, completion_length=16)
-        groups = groups_of(assemble(config, model, mesh, "preference", rows))
-        found.append({group.name: group for group in groups})
-    plain, copied = found
+    plain, copied = tiny_groups(solver={"name": "primal_dual"}), tiny_groups(**tracked)
     assert set(copied) - set(plain) == {"tracked parameters", "optimizer moments (tracked)"}
     for more, like in (
         ("tracked parameters", "parameters"),
