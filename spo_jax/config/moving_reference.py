@@ -84,7 +84,7 @@ def check_it_moves(config: Config, steps: int) -> None:
     )
 
 
-def _check_values(moving: Mapping[str, float]) -> None:
+def _check_values(moving: Mapping[str, int | float]) -> None:
     for key in moving:
         if key not in _KEYS:
             raise ConfigError(
