@@ -108,7 +108,7 @@ OF_THE_LOSS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", 
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "inner_only"])
+@pytest.mark.parametrize("name", ["penalty", *sorted(SOLVERS.keys() - {"penalty", "inner_only"})])
 def test_training_is_that_of_a_loop_that_moves_the_reference(name):
     """With an inner value that is a number: that of a reference is counted from the start."""
     inner = {"inner_value": 0.5}
