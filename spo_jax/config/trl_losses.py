@@ -143,8 +143,8 @@ def _with_settings(given, sections, types, weighted) -> Found:
     return Found(sections, frozenset(used), tuple(notes))
 
 
-_SYNC = {"sync_ref_model": False, "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
-"""TRL's settings of a reference that moves, with its defaults."""
+_SYNC = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+"""TRL's settings of a reference that moves, where ``sync_ref_model`` is true, with its defaults."""
 
 
 def _synced(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _synced(given: Mapping[str, Any]) -> dict[str, Any]:
             "sync_ref_model with precompute_ref_log_probs: log-probs computed once cannot move; "
             "TRL refuses it too. Remove one of them"
         )
-    alpha, every = (number(given, name, _SYNC[name]) for name in list(_SYNC)[1:])
+    alpha, every = (number(given, name, default) for name, default in _SYNC.items())
     if every != int(every):
         raise ConfigError(f"ref_model_sync_steps={every:g}: expected a whole number")
     return {"mode": "online", "moving": {"alpha": alpha, "every": int(every)}}
