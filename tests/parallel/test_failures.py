@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from spo_jax.cli import main
 from spo_jax.parallel import failures
 
 
@@ -92,6 +93,38 @@ def test_an_error_of_waiting_for_one_that_failed_is_that_ones(here, monkeypatch,
         monkeypatch.setattr(failures, "joined", lambda store=store: (store, 1, 3))
         failures.end_if_told()
         assert here == expected
+    assert "process 0 failed: no room" in capsys.readouterr().err
+
+
+def test_a_command_tells_the_others_of_its_own_errors_and_of_others(here, monkeypatch, capsys):
+    store = Store()
+    monkeypatch.setattr(failures, "joined", lambda: (store, 2, 3))
+    assert main(["train", "nowhere.yaml"]) == 2
+    assert "error (process 2 of 3): " in capsys.readouterr().err
+
+    def slip(options):
+        raise KeyError("slip")
+
+    monkeypatch.setattr("spo_jax.cli.train._train", slip)
+    told = [store.kept.popitem()[1]]
+    with pytest.raises(KeyError):
+        main(["train", "nowhere.yaml"])
+    told.append(store.kept.popitem()[1])
+    assert here == [2, 1]
+    assert "nowhere.yaml" in json.loads(told[0])["error"]
+    assert json.loads(told[1]) == {"error": "KeyError: 'slip'", "status": 1}
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_that_broke_on_a_failed_one_says_what_that_one_said(here, monkeypatch, capsys):
+    def broken(options):
+        raise KeyError("collective")
+
+    monkeypatch.setattr("spo_jax.cli.train._train", broken)
+    monkeypatch.setattr(failures, "joined", lambda: (Store((0, "no room")), 2, 3))
+    with pytest.raises(KeyError):
+        main(["train", "nowhere.yaml"])
+    assert here[0] == 75
     assert "process 0 failed: no room" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spo_jax.cli import main
+from spo_jax.parallel import processes
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import (
     ENVIRONMENT,
@@ -25,6 +26,7 @@ def nobody_joins(monkeypatch):
     """No test here opens a port; what would have been asked of jax is kept."""
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given: asked.append(given))
+    monkeypatch.setattr(processes, "watch", lambda: asked.append("watch"))
     for variable in ENVIRONMENT.values():
         monkeypatch.delenv(variable, raising=False)
     yield asked
@@ -38,12 +40,13 @@ def test_flags_environment_and_neither(nobody_joins, monkeypatch):
         monkeypatch.setenv(name, value)
     initialize()
     initialize(process_id=3)
-    assert nobody_joins == [
+    assert nobody_joins[::2] == [
         ("host:1234", 4, 2),
         (None, None, None),
         ("other:99", 8, 7),
         ("other:99", 8, 3),
     ]
+    assert nobody_joins[1::2] == ["watch"] * 4  # for one that fails
 
 
 @pytest.mark.parametrize(
