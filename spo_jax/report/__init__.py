@@ -125,7 +125,20 @@ def _page(title: str, read: Sequence[StageRun], pictures: dict[str, Picture]) ->
         "From preference accuracy to gap: the last held-out evaluation; with an asterisk, where "
         "there was none, the mean over the last tenth of the training updates."
     ]
+    if any(_moving(run) != "–" for run in read):
+        notes.append(
+            "Where the reference follows the policy, loss, rewards, margin and preference accuracy "
+            "of training updates are against it, and fall back whenever it has followed; "
+            "log-ratios, the gap and all held-out figures are counted from where it began."
+        )
     return make_page(title, lead, [run.curves.label for run in read], facts, sections, notes)
+
+
+def _moving(run: StageRun) -> str:
+    moving = (run.config.get("reference") or {}).get("moving")
+    if not moving or run.stage == "sft":
+        return "–"
+    return f"follows the policy (alpha={moving['alpha']:g}, every={moving['every']} updates)"
 
 
 def _samples(run: StageRun) -> Samples:
@@ -172,6 +185,7 @@ _FACTS = {
     "stage": lambda run: run.stage,
     "loss": lambda run: "–" if run.stage == "sft" else _options(run.config.get("loss") or {}),
     "solver": lambda run: _options(solver_of(run.stage, run.config)),
+    "reference": _moving,
     "seed": lambda run: str(run.config.get("seed", "–")),
     "updates done": _updates,
     "preference accuracy": _last("rewards/accuracies", "{:.1f} %", 100.0),

@@ -23,7 +23,6 @@ from spo_jax.training.starts import read_starts
 
 CARD_FILE = "README.md"
 
-_SPO = "[arXiv 2507.07723](https://arxiv.org/abs/2507.07723)"
 _OF_PAIRS = ("lora", "loss", "objective", "solver", "outer", "inner", "train", "data")
 _OF_SFT = ("lora", "sft_optimizer", "sft", "sft_data")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -121,9 +120,15 @@ def _method(tree: Mapping[str, Any], stage: str, step: int) -> str:
     first = ", after a stage of supervised fine-tuning" if "sft" in tree["stages"] else ""
     lines = [f"Preference optimization, {after}{first}. The loss:\n"]
     lines += [f"- `{loss['name']}`: {_what(loss['name'])}" for loss in _losses(tree)]
+    moving = (tree.get("reference") or {}).get("moving")
+    if moving:
+        lines.append(
+            f"\nIts reference followed the policy (TR-DPO, {_arxiv('2404.09656')}): alpha "
+            f"{moving['alpha']:g}, every {moving['every']:,} updates."
+        )
     if solver == "preference_only":
         return "\n".join([*lines, "\nThe loss alone, without a safe region."])
-    held = f"Stable Preference Optimization ({_SPO}), solver `{solver}`"
+    held = f"Stable Preference Optimization ({_arxiv('2507.07723')}), solver `{solver}`"
     return "\n".join([*lines, f"\nInside a safe region of supervised fine-tuning: {held}."])
 
 
@@ -131,8 +136,12 @@ def _what(name: str) -> str:
     text = (loss_function(name).__doc__ or "a function of its author's own").strip()
     first = " ".join(text.partition("\n\n")[0].split())
     papers = dict.fromkeys(re.findall(r"arXiv (\d{4}\.\d{5})", text))
-    shown = ", ".join(f"[arXiv {x}](https://arxiv.org/abs/{x})" for x in papers)
+    shown = ", ".join(map(_arxiv, papers))
     return f"{first.replace('``', '`')} {shown}".rstrip()
+
+
+def _arxiv(number: str) -> str:
+    return f"[arXiv {number}](https://arxiv.org/abs/{number})"
 
 
 def _start(base: Base) -> str:

@@ -206,6 +206,19 @@ def test_table_of_runs(tmp_path, one_figure):
     assert facts["probes"] == ["3 pairs, gradients=head"]
 
 
+def test_a_reference_that_moves_is_named_and_what_it_does_to_the_curves(tmp_path, one_figure):
+    still, moving = (write_stage(tmp_path / name) for name in ("still", "moving"))
+    told = "reference: {mode: online, moving: {alpha: 0.6, every: 8}}\n"
+    with (moving / "config.yaml").open("a") as file:
+        file.write(told)
+    page = Page(make_report([still, moving], tmp_path / "both.html"))
+    assert page.facts["reference"] == ["–", "follows the policy (alpha=0.6, every=8 updates)"]
+    assert "fall back whenever it has followed" in page.text
+    alone = Page(make_report([still]))
+    assert "reference" not in alone.facts
+    assert "whenever it has followed" not in alone.text
+
+
 # Several runs
 
 

@@ -140,6 +140,16 @@ def test_a_card_claims_no_method_that_was_not_used(tmp_path, base, stage, solver
     )
 
 
+def test_a_reference_that_moved_is_part_of_the_method(tmp_path, base):
+    moving = {"mode": "online", "moving": {"alpha": 0.6, "every": 2}}
+    model = {"path": str(base)}
+    run = write_run(tmp_path / "run", model=model, stages=["preference"], reference=moving)
+    assert "(TR-DPO, [arXiv 2404.09656]" in make(run)[1]
+    assert "alpha 0.6, every 2 updates" in make(run)[1]
+    plain = write_run(tmp_path / "plain", model=model, stages=["preference"])
+    assert "TR-DPO" not in make(plain)[1]
+
+
 def test_figures_are_the_last_up_to_the_step(tmp_path, base):
     run = write_run(tmp_path / "run", model={"path": str(base)})
     assert "None were taken" in make(run)[1]
