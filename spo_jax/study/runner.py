@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -213,16 +214,40 @@ def _ending_workers(pool: Executor) -> Iterator[None]:
     except BaseException:
         workers = set(multiprocessing.active_children()) - others
         try:
-            for worker in workers:
-                worker.terminate()
-            pool.shutdown(cancel_futures=True)
+            with _killed_by_a_signal(workers):
+                for worker in workers:
+                    worker.terminate()
+                pool.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
             for worker in workers:
-                worker.kill()
                 worker.join()
             raise
         raise
     pool.shutdown()
+
+
+@contextlib.contextmanager
+def _killed_by_a_signal(workers: Iterable[Any]) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM kill ``workers`` where they are heard.
+
+    What a handler raises is lost where a destructor or a callback of the garbage collector is at
+    work: those who wait for it would wait on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def kill(number: int, frame: Any) -> None:
+        for worker in workers:
+            worker.kill()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, kill) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last_line(log: Path) -> str:

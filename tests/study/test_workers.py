@@ -1,5 +1,6 @@
 """Several runs at once: how they share a device, and what is said of one that is full."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -69,9 +70,9 @@ def test_the_users_own_share_wins(unset, monkeypatch, name):
     assert os.environ[AHEAD] == "true"
 
 
-def interrupted(tmp_path, work, again=False):
+def interrupted(tmp_path, work, again=False, kind=ProcessPoolExecutor):
     """Seconds until two workers are gone whose parent alone is interrupted, once or twice."""
-    pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+    pool = kind(2, mp_context=multiprocessing.get_context("spawn"))
     folders = [tmp_path / "a", tmp_path / "b"]
     seen = {}
 
@@ -101,6 +102,23 @@ def test_a_signal_to_the_study_alone_lets_its_runs_save_and_end(tmp_path):
 
 def test_a_second_signal_ends_runs_that_do_not_listen(tmp_path):
     assert interrupted(tmp_path, hear_nothing, again=True) < 30
+
+
+class LosesExceptions(ProcessPoolExecutor):
+    """What a handler raises while it waits comes to nothing, as in a destructor."""
+
+    def shutdown(self, **options):
+        workers, end = multiprocessing.active_children(), time.monotonic() + 31
+        while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(0.1)
+        for worker in workers:
+            worker.kill()
+        super().shutdown(**options)
+
+
+def test_a_second_signal_ends_them_also_where_its_exception_is_lost(tmp_path):
+    assert interrupted(tmp_path, hear_nothing, again=True, kind=LosesExceptions) < 30
 
 
 @pytest.fixture
