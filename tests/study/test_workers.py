@@ -108,12 +108,12 @@ class LosesExceptions(ProcessPoolExecutor):
     """What a handler raises while it waits comes to nothing, as in a destructor."""
 
     def shutdown(self, **options):
-        workers, end = multiprocessing.active_children(), time.monotonic() + 31
-        while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
+        children, end = multiprocessing.active_children(), time.monotonic() + 31
+        while any(child.is_alive() for child in children) and time.monotonic() < end:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(0.1)
-        for worker in workers:
-            worker.kill()
+        for child in children:
+            child.kill()
         super().shutdown(**options)
 
 
