@@ -105,20 +105,14 @@ class _Crew:
     def is_ready(self) -> bool:
         """Whether one of them has started."""
         for connection in wait(self._starting, timeout=0.0):
-            self._starting.remove(connection)
-            try:
-                connection.recv()
-            except (EOFError, OSError):
-                connection.close()
-                if not (self._starting or self._idle or self._busy):
-                    say("WARNING the other cores cannot be used (see above): this goes on with one")
-                continue
-            self._idle.append(connection)
+            self._take_in(connection)
         return bool(self._idle or self._busy)
 
     def hand_out(self, number: int, chunk: Any) -> Iterator[tuple[int, Any]]:
         """Give a chunk to the next that is free; what others have done meanwhile comes back."""
-        yield from self._collect(timeout=0.0 if self._idle else None)
+        yield from self._collect(timeout=0.0)
+        while not self._idle:
+            yield from self._collect(timeout=None)
         connection = self._idle.pop()
         try:
             connection.send(chunk)
@@ -138,8 +132,23 @@ class _Crew:
         self._process.terminate()
         self._process.wait()
 
+    def _take_in(self, connection: Connection) -> None:
+        """One that was starting: it is free now, or has ended."""
+        self._starting.remove(connection)
+        try:
+            connection.recv()
+        except (EOFError, OSError):
+            connection.close()
+            if not (self._starting or self._idle or self._busy):
+                say("WARNING the other cores cannot be used (see above): this goes on with one")
+        else:
+            self._idle.append(connection)
+
     def _collect(self, timeout: float | None) -> Iterator[tuple[int, Any]]:
-        for connection in wait(list(self._busy), timeout) if self._busy else ():
+        for connection in wait([*self._busy, *self._starting], timeout):
+            if connection in self._starting:
+                self._take_in(connection)
+                continue
             error, result = self._receive(connection)
             number = self._busy.pop(connection)
             self._idle.append(connection)
