@@ -17,7 +17,8 @@ from pathlib import Path
 
 import spo_jax
 from spo_jax.config.choices import choices
-from spo_jax.config.schema import SECTIONS, Config, Named
+from spo_jax.config.key_help import SECTIONS
+from spo_jax.config.schema import Config, Named
 
 PACKAGE = Path(spo_jax.__file__).parent
 
@@ -225,6 +226,9 @@ def named_table(section: str, default: Named) -> str:
 def shown_type(hint: typing.Any) -> str:
     """A type in the words of YAML: ``text``, ``number``, or the values themselves."""
     words = {str: "text", int: "integer", float: "number", bool: "true, false"}
+    if dataclasses.is_dataclass(hint):
+        keys = ", ".join(f"`{key.name}`" for key in dataclasses.fields(hint))
+        return f"mappings of {keys}"
     words[types.NoneType] = "null"
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:

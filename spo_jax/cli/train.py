@@ -240,7 +240,7 @@ def format_table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def _show_help(command: argparse.ArgumentParser) -> int:
-    from spo_jax.config.schema import describe
+    from spo_jax.config.key_help import describe
     from spo_jax.config.validation import choices
 
     print(command.format_help())

@@ -181,7 +181,7 @@ class _Run(Settings):
         mixture = self.take("datasets")
         evaluated = self.word("eval_strategy", "no") != "no"
         if mixture:
-            found = self._one_of(mixture)
+            found = self._mixture(mixture)
             if evaluated and self.has("test_split_size"):
                 found["eval_fraction"] = self.number("test_split_size", 0.0)
         else:
@@ -195,17 +195,19 @@ class _Run(Settings):
                 found["eval_split"] = self.take("dataset_test_split", "test")
         return found | self._lengths()
 
-    def _one_of(self, mixture: Any) -> dict[str, Any]:
-        if not isinstance(mixture, list) or len(mixture) != 1 or not isinstance(mixture[0], dict):
+    def _mixture(self, mixture: Any) -> dict[str, Any]:
+        if not isinstance(mixture, list) or not all(isinstance(one, dict) for one in mixture):
             raise ConfigError(
-                "datasets: several are not mixed here. Write their rows into one file, and name it "
-                "as dataset_name"
+                f"datasets={mixture!r}: expected a list of mappings, each with a path"
             )
         names = {"path": "train", "name": "subset", "split": "train_split"}
-        for key in mixture[0]:
+        for key in (key for one in mixture for key in one):
             if key not in names:
                 raise ConfigError(f"datasets: {key} is not read here; write the rows into a file")
-        return {names[k]: v for k, v in mixture[0].items() if v is not None}
+        found = [{names[k]: v for k, v in one.items() if v is not None} for one in mixture]
+        if any("train" not in one for one in found):
+            raise ConfigError("datasets: each needs a path")
+        return found[0] if len(found) == 1 else {"mix": found}
 
     def _lengths(self) -> dict[str, int]:
         if "max_length" in self.given and self.given["max_length"] is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from spo_jax.config.schema import MIXTURE, Config, Named
+from spo_jax.config.schema import MIXTURE, Config, MixedData, Named
 
 
 class ConfigError(ValueError):
@@ -269,7 +269,11 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         raise ConfigError(f"{key}={value!r}: expected {' | '.join(map(str, args))}{near}")
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_coerce(item, args[0], key) for item in items)
+        inside = isinstance(args[0], type) and dataclasses.is_dataclass(args[0])
+        return tuple(
+            _coerce(item, args[0], f"{key}.{number}" if inside else key)
+            for number, item in enumerate(items)
+        )
     if origin is dict:
         if isinstance(value, Mapping):
             inside = args[1]
@@ -278,6 +282,10 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
                 for k, v in value.items()
             }
         raise ConfigError(f"{key}={value!r}: expected a mapping of keys to values")
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r}: expected a mapping of keys to values")
+        return _build(hint, value, f"{key}.")
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -300,6 +308,8 @@ def _type_names(hint: Any) -> list[str]:
         return [str(choice) for choice in args]
     if origin is tuple:
         return [f"list of {_type_names(args[0])[0]}"]
+    if dataclasses.is_dataclass(hint):
+        return ["mapping"]
     name = (origin or hint).__name__
     return [{"NoneType": "null", "dict": "mapping"}.get(name, name)]
 
@@ -312,10 +322,12 @@ def config_to_dict(config: Config) -> dict[str, Any]:
             if value.name == MIXTURE:
                 return value.options["losses"]
             return {"name": value.name, **value.options}
+        if isinstance(value, MixedData):  # what it does not say is as in its section
+            return {k: plain(v) for k, v in vars(value).items() if v is not None}
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, tuple):
-            return list(value)
+            return [plain(item) for item in value]
         return value
 
     return plain(config)

@@ -1,14 +1,14 @@
 """What a run is, as frozen dataclasses: every key, its default and its meaning, once.
 
 A configuration is YAML over these classes. ``load_config`` reads, overrides and
-validates it; ``describe`` prints the reference that ``--help`` shows.
+validates it; ``key_help.describe`` prints the reference that ``--help`` shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 BUILTIN_TASK = "builtin:arithmetic"
 """What ``data.train``, ``sft_data.train`` and ``model.tokenizer`` say to use the built-in task."""
@@ -81,10 +81,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MixedData:
+    """A data set of a mixture; what it does not say is as in its section."""
+
+    train: str | None = _key(None, "file, folder or hub name")
+    weight: float = _key(1.0, "how often an epoch sees each row: 2 twice, 0.5 every other epoch")
+    subset: str | None = _key(None, "configuration of a hub data set")
+    train_split: str | None = _key(None, "split of a hub data set")
+    max_rows: int | None = _key(None, "use only its first rows")
+    columns: dict[str, str] | None = _key(None, "our name of a column to the file's")
+    ignore_columns: tuple[str, ...] | None = _key(None, "columns that are left out")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """A data set of rows and how it is cut to length."""
 
     train: str | None = _key(None, "file, folder, hub name, or builtin:arithmetic")
+    mix: tuple[MixedData, ...] = _key(
+        (), "instead of train: several, [{train: a.jsonl}, {train: b.jsonl, weight: 0.5}]"
+    )
     eval: str | None = _key(None, "held-out rows, same forms")
     subset: str | None = _key(None, "configuration of a hub data set (gsm8k: main)")
     train_split: str = _key("train", "split of a hub data set")
@@ -333,55 +349,3 @@ class Config:
     texts: TextsConfig = field(default_factory=TextsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-
-
-SECTIONS = {
-    "data": "preference pairs",
-    "sft_data": "SFT rows: for the stage sft, or the inner level (objective.inner_data: sft)",
-    "loss": "the preference loss: name and its hyper-parameters; or a list, each with a weight",
-    "solver": "the bilevel solver: name and its hyper-parameters",
-    "outer": "optimizer of the preference update",
-    "inner": "optimizer of the inner steps that some solvers take in the preference stage",
-    "sft_optimizer": "optimizer of the SFT stage",
-    "train": "loop of the preference stage",
-    "sft": "loop of the SFT stage",
-}
-
-
-def describe(choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Every key with its default, as text; ``choices`` are the options of the named sections."""
-    lines = []
-
-    def line(key, default, text, hint=None):
-        literal = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
-        if literal is not None and "|" not in text:
-            text = f"{text}: {' | '.join(map(str, get_args(literal)))}"
-        default = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = "" if default is None else f" [{default}]"
-        lines.append(f"  --{key:<34}{text}{shown}")
-
-    for item in fields(Config):
-        default = getattr(Config(), item.name)
-        if not hasattr(default, "__dataclass_fields__"):
-            line(item.name, default, item.metadata["help"])
-    for item in fields(Config):
-        section = getattr(Config(), item.name)
-        if not hasattr(section, "__dataclass_fields__"):
-            continue
-        title = SECTIONS.get(item.name) or (type(section).__doc__ or "").strip().splitlines()[0]
-        lines.append(f"\n{item.name}: {title}")
-        if isinstance(section, Named):
-            line(f"{item.name}.name", section.name, " | ".join(choices[item.name]))
-            for name, options in choices[item.name].items():
-                shown = ", ".join(k if v is None else f"{k} [{v}]" for k, v in options.items())
-                lines.append(f"      {name}: {shown or 'no options'}")
-            continue
-        hints = get_type_hints(type(section))
-        for entry in fields(section):
-            line(
-                f"{item.name}.{entry.name.replace('_', '-')}",
-                getattr(section, entry.name),
-                entry.metadata["help"],
-                hints[entry.name],
-            )
-    return "\n".join(lines)

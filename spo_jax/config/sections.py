@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from spo_jax.config.choices import bound_loss, bound_solver, uses_gap
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.moving_reference import computed_ahead, validate_moving
 from spo_jax.config.parsing import ConfigError, nearest
 from spo_jax.config.schema import (
@@ -269,7 +270,7 @@ def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCon
     """The loop and the data of a stage, under the names of their sections."""
     if (loop.steps is None) == (loop.epochs is None):
         raise ConfigError(f"set {loop_key}.steps or {loop_key}.epochs, exactly one of the two")
-    if data.train is None:
+    if not data_sets(data):
         raise ConfigError(f"{data_key}.train is not set: name a file, folder or hub data set")
     for name in ("prompt_buckets", "completion_buckets"):
         if data.packing is True and getattr(data, name) is not None:
@@ -287,7 +288,7 @@ def validate_stage(loop_key: str, loop: LoopConfig, data_key: str, data: DataCon
         raise ConfigError(
             f"{data_key}.{key} would be ignored: {BUILTIN_TASK} brings held-out rows of its own"
         )
-    if not builtin and data.train.startswith("builtin:"):
+    if not builtin and data.train is not None and data.train.startswith("builtin:"):
         raise ConfigError(f"{data_key}.train={data.train!r}: the built-in data is {BUILTIN_TASK}")
     if loop.eval_every and data.eval is None and not data.eval_fraction and not builtin:
         raise ConfigError(

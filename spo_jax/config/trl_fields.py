@@ -50,7 +50,7 @@ _KEYS = {
     "dataset_config": "data.subset",
     "dataset_train_split": "data.train_split",
     "dataset_test_split": "data.eval_split",
-    "datasets": "one: data.train, data.subset, data.train_split; several are refused",
+    "datasets": "one: data.train, data.subset, data.train_split; several: data.mix",
     "test_split_size": "data.eval_fraction, beside datasets",
     "output_dir": "output_dir",
     "seed": "seed (42)",

@@ -19,6 +19,7 @@ from spo_jax.config.choices import (
     solver_uses,
     uses_inner_chain,
 )
+from spo_jax.config.mixtures import data_sets, validate_mixture
 from spo_jax.config.parsing import ConfigError, config_from_tree, override, read_tree
 from spo_jax.config.ranges import validate_ranges
 from spo_jax.config.schema import BUILTIN_TASK, Config, Named
@@ -133,6 +134,8 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
 
     _validate_date(config)
     validate_ranges(config)
+    validate_mixture("data", config.data)
+    validate_mixture("sft_data", config.sft_data)
     validate_objective(config, given)
     validate_model(config)
     if "lora" not in unused_sections(config):
@@ -140,8 +143,13 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
     stages = set(config.stages)
     if stages & {"preference", "baseline"}:
         validate_stage("train", config.train, "data", config.data)
-        if config.objective.inner_data == "sft" and config.sft_data.train is None:
+        if config.objective.inner_data == "sft" and not data_sets(config.sft_data):
             raise ConfigError("objective.inner_data=sft needs sft_data.train")
+        if config.objective.inner_data == "own" and config.data.mix:
+            raise ConfigError(
+                "objective.inner_data=own reads the answers beside data.train, and data.mix has "
+                "several files: use inner_data chosen or sft, or one file"
+            )
         if config.train.inner_batch_size and config.objective.inner_data == "chosen":
             raise ConfigError(
                 "train.inner_batch_size would be ignored: objective.inner_data is chosen"

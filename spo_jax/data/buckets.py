@@ -205,9 +205,9 @@ def describe_plan(rows: TokenizedRows, batches: Sequence[PlannedBatch]) -> PlanR
     real = rows.prompt_lengths[used].sum() + rows.completion_lengths[used].sum()
     shapes = Counter((len(b.indices), b.prompt_length, b.completion_length) for b in batches)
     return PlanReport(
-        rows=len(rows),
+        rows=rows.epoch_size,
         batches=len(batches),
-        dropped_rows=len(rows) - len(used),
+        dropped_rows=rows.epoch_size - len(used),
         padding_share=1 - float(real) / laid_out,
         tokens=laid_out,
         packed=any(batch.indices.ndim == 2 for batch in batches),

@@ -69,7 +69,7 @@ class Evenly:
     def __init__(self, rows: TokenizedRows, *, batch_size: int, unit: int, attention_length: int):
         self.identity, self._batch_size = "packed", batch_size
         self._unit, self._attention_length = unit, attention_length
-        self._lengths = lengths_of(rows)
+        self._rows, self._lengths = rows, lengths_of(rows)
 
     def deal(self, order: Int[np.ndarray, "K"], bits: np.random.PCG64) -> list[PlannedBatch]:
         """See ``Dealer``."""
@@ -80,11 +80,11 @@ class Evenly:
     @cached_property
     def shapes(self):
         """The shapes to compile; the last one is spare, for a batch that no other holds."""
-        count = len(self._lengths) // self._batch_size
+        count = self._rows.epoch_size // self._batch_size
         bits = np.random.PCG64(count)
         tried = []
-        for _ in range(min(_EPOCHS_TRIED, -(-_BATCHES_TRIED // count))):
-            order = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")
+        for number in range(min(_EPOCHS_TRIED, -(-_BATCHES_TRIED // count))):
+            order = _shuffled(self._rows.epoch(seed=count, number=number), bits)
             order = order[: count * self._batch_size]
             chance = random_shares(bits, len(order))
             tried.append(deal_evenly(self._lengths, order, chance, self._batch_size))
@@ -100,7 +100,8 @@ class Evenly:
 class EpochPlans:
     """The pure function from (seed, k) to global batch k: its shape and its rows.
 
-    An epoch's rows and the order of its batches are drawn anew from (seed, epoch). Rows that do
+    An epoch's rows (of a mixture which, of others in which order) and the order of its batches
+    are drawn anew from (seed, epoch). Rows that do
     not fill a batch are left out before rows are dealt to shapes, so that every epoch has as
     many batches and no length of row is left out more often than another. The epochs made last
     are kept, guarded by a lock, since grain reads ahead from several threads.
@@ -110,7 +111,7 @@ class EpochPlans:
         self._rows, self._dealer, self._batch_size, self._seed = rows, dealer, batch_size, seed
         self._epochs: dict[int, list[PlannedBatch]] = {}
         self._lock = threading.Lock()
-        self.steps_per_epoch = len(rows) // batch_size
+        self.steps_per_epoch = rows.epoch_size // batch_size
 
     def __getitem__(self, k: int) -> PlannedBatch:
         epoch, step = divmod(k, self.steps_per_epoch)
@@ -125,6 +126,8 @@ class EpochPlans:
     def fingerprint(self) -> str:
         """A hash of all that decides which rows meet: data, seed, batch size, the dealer's."""
         parts = (self._rows.fingerprint(), self._seed, self._batch_size, self._dealer.identity)
+        if self._rows.mixture is not None:
+            parts = (*parts, self._rows.mixture)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _epoch(self, epoch: int) -> list[PlannedBatch]:
@@ -139,8 +142,12 @@ class EpochPlans:
         # Sorting raw bits: numpy keeps these streams between versions, those of `permutation`
         # it does not promise, and a resumed run may meet another numpy.
         bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-        order = np.argsort(bits.random_raw(len(self._rows)), kind="stable")
+        order = _shuffled(self._rows.epoch(seed=self._seed, number=epoch), bits)
         kept = order[: self.steps_per_epoch * self._batch_size]
         batches = self._dealer.deal(kept, bits)
         places = np.argsort(bits.random_raw(len(batches)), kind="stable")
         return [batches[i] for i in places]
+
+
+def _shuffled(rows: Int[np.ndarray, "K"], bits: np.random.PCG64) -> Int[np.ndarray, "K"]:
+    return rows[np.argsort(bits.random_raw(len(rows)), kind="stable")]

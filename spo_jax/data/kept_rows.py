@@ -77,7 +77,7 @@ def _of_tokenizer(tokenizer: Any) -> Iterator[Any]:
 
 def save_rows(path: Path, prepared: Prepared) -> None:
     """Write rows and what is said of them; whole or not at all."""
-    arrays: dict[str, Any] = {"lines": np.array(prepared.lines)}
+    arrays: dict[str, Any] = {"lines": np.array(prepared.lines), "read": prepared.read}
     for number, rows in enumerate(prepared.parts):
         for name in (*_ARRAYS, *_NUMBERS, *([] if rows.desirable is None else ["desirable"])):
             arrays[f"{number}.{name}"] = getattr(rows, name)
@@ -111,6 +111,7 @@ def load_rows(path: Path) -> Prepared:
                 for number in range(parts)
             ),
             tuple(map(str, there["lines"])),
+            int(there["read"]),
         )
     except FileNotFoundError:
         raise

@@ -186,10 +186,10 @@ def make_train_iterator(
     """
     process_slice(batch_size, process_index, process_count)
     process = process_index, process_count
-    if len(rows) < batch_size:
+    if rows.epoch_size < batch_size:
         raise ValueError(
-            f"{len(rows)} rows do not fill one batch: set batch_size to at most "
-            f"{len(rows)}, or give more rows"
+            f"{rows.epoch_size} rows do not fill one batch: set batch_size to at most "
+            f"{rows.epoch_size}, or give more rows"
         )
 
     @functools.cache

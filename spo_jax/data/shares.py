@@ -53,12 +53,13 @@ class Recipe:
 class Prepared(NamedTuple):
     """Token rows, training rows first where some are held out, and what is to be said of them.
 
-    ``lines`` are the report on the records, then one on each of the ``parts``; ``reports`` the
-    same with its numbers, of rows that were made now.
+    ``lines`` are the report on the records, of which ``read`` were looked at, then one on each of
+    the ``parts``; ``reports`` the same with its numbers, of rows that were made now.
     """
 
     parts: tuple[TokenizedRows, ...]
     lines: tuple[str, ...]
+    read: int
     reports: tuple[FormatReport | TokenReport, ...] = ()
 
 
@@ -146,7 +147,7 @@ def tokenize_records(
     del found, new
     joined = join_chunks(chunks, share.task.encoder, sides)
     reports = (report, *(of for _, of in joined))
-    return Prepared(tuple(rows for rows, _ in joined), tuple(map(str, reports)), reports)
+    return Prepared(tuple(rows for rows, _ in joined), tuple(map(str, reports)), read, reports)
 
 
 class _Share:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from spo_jax.data.chunks import COUNTED, ChunkEncoder, IdChunk
+from spo_jax.data.mixture import Mixture
 
 _FREED_AT_ONCE = 8
 _PERCENTILES = (50, 90, 99, 100)
@@ -27,6 +28,7 @@ class TokenizedRows:
     Row ``i``'s prompt is ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``; completion
     ``b`` of it stands between offsets ``i * n + b`` and the next. ``source_rows`` are the rows'
     places among the records read. ``desirable`` says it of unpaired rows; others have none.
+    ``mixture`` says of joined rows what they were (``data.mixture``).
     """
 
     prompt_ids: Int[np.ndarray, "prompt_tokens"]
@@ -38,6 +40,7 @@ class TokenizedRows:
     num_completions: int
     pad_id: int
     desirable: Bool[np.ndarray, "N"] | None = None
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.source_rows)
@@ -57,6 +60,17 @@ class TokenizedRows:
     def completion_lengths(self) -> np.ndarray:
         """``[N, n]`` completion lengths in tokens."""
         return np.diff(self.completion_offsets).reshape(len(self), self.num_completions)
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows that an epoch has: all, or as a mixture weighs them."""
+        return len(self) if self.mixture is None else sum(self.mixture.sizes(self.source_rows))
+
+    def epoch(self, *, seed: int, number: int) -> Int[np.ndarray, "K"]:
+        """The rows of epoch ``number``, unshuffled: all, or those of the mixture."""
+        if self.mixture is None:
+            return np.arange(len(self))
+        return self.mixture.epoch(self.source_rows, seed=seed, number=number)
 
     def prompts(self) -> list[bytes]:
         """Each row's prompt as a value that is equal where the ids are."""
@@ -129,6 +143,33 @@ class TokenReport:
                 f"{self.not_read_back_example}. This tokenizer cannot write them"
             )
         return text
+
+
+def join_rows(
+    parts: Sequence[TokenizedRows], weights: Sequence[float], records: Sequence[int]
+) -> TokenizedRows:
+    """The rows of several data sets as a ``Mixture``; ``records`` were read of each."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(rows, name) for rows in parts])
+
+    def offsets(name: str) -> np.ndarray:
+        return _offsets(np.concatenate([np.diff(getattr(rows, name)) for rows in parts]))
+
+    starts = np.cumsum([0, *records[:-1]])
+    return dataclasses.replace(
+        parts[0],
+        prompt_ids=joined("prompt_ids"),
+        prompt_offsets=offsets("prompt_offsets"),
+        completion_ids=joined("completion_ids"),
+        completion_mask=joined("completion_mask"),
+        completion_offsets=offsets("completion_offsets"),
+        source_rows=np.concatenate(
+            [rows.source_rows + start for rows, start in zip(parts, starts, strict=True)]
+        ),
+        desirable=None if parts[0].desirable is None else joined("desirable"),
+        mixture=Mixture(tuple(weights), tuple(records)),
+    )
 
 
 def join_chunks(

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, PreferenceDataConfig
 from spo_jax.data import load_records, load_tokenizer
 from spo_jax.data.formats import begin
@@ -85,8 +86,14 @@ def _from_hub(name: str) -> dict[str, Any]:
 def count_rows(data: DataConfig, kind: str = "preference") -> int | None:
     """Rows of a local file that train, bad ones included; ``None`` if not cheap to know.
 
-    Of ``kind`` ``unpaired`` each pair of a file of pairs is two.
+    Of ``kind`` ``unpaired`` each pair of a file of pairs is two. Of a mixture those of an epoch.
     """
+    if data.mix:
+        counts = [count_rows(own, kind) for _, _, own in data_sets(data)]
+        if None in counts:
+            return None
+        weighed = zip(counts, data.mix, strict=True)
+        return sum(max(1, round(part.weight * count)) for count, part in weighed)
     path = Path(data.train or "").expanduser()
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         return None

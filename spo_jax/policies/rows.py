@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
+
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.schema import DataConfig, TaskConfig
 from spo_jax.data import (
     FormatReport,
@@ -23,6 +27,7 @@ from spo_jax.data.chat import template_text
 from spo_jax.data.mismatched import with_mismatched
 from spo_jax.data.packing import ATTENTION_LENGTH
 from spo_jax.data.shares import Prepared, Recipe
+from spo_jax.data.token_rows import join_rows
 from spo_jax.models import DecoderConfig
 from spo_jax.parallel.processes import say
 from spo_jax.policies.prepared import prepare_records
@@ -57,13 +62,17 @@ class Rows(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A data set that a section reads, training rows or those held out, and how."""
+    """A data set that a section reads, training rows or those held out, and how.
+
+    ``weight`` is how often an epoch of a mixture has each of its rows.
+    """
 
     name: str
     path: str
     split: str
     subset: str | None
     recipe: Recipe
+    weight: float = 1.0
 
     def records(self) -> Records:
         """Its raw rows."""
@@ -112,27 +121,24 @@ def prepare_rows(
     completions), ``name`` the section of the configuration, ``date`` what chat templates are told,
     ``cache`` where token rows are kept (``prepare_records``).
     """
-    first, *others = sources_of(data, kind, seed=seed, name=name, date=date)
+    sources = sources_of(data, kind, seed=seed, name=name, date=date)
     reports: list[tuple[str, FormatReport | TokenReport]] = []
 
-    def prepare(source: Source) -> Prepared:
-        return prepare_records(
+    def prepare(source: Source, *parts: str) -> Prepared:
+        found = prepare_records(
             source.records(), tokenizer, source.recipe, name=source.name, cache=cache
         )
-
-    def tell(labels: Sequence[str], found: Prepared) -> None:
+        labels = (source.name, *parts)
         for label, line in zip(labels, found.lines, strict=False):
             say(f"{label}: {line}")
         reports.extend(zip(labels, found.reports, strict=False))
+        return found
 
-    found = prepare(first)
-    train, *held = found.parts
-    tell((name, f"{name} train", f"{name} held out"), found)
-    for source in others:
-        found = prepare(source)
-        held = list(found.parts)
-        tell((source.name, f"{name} held out"), found)
-    del found
+    made = [prepare(s, f"{s.name} train", f"{s.name} held out") for s in sources.train]
+    train, *held = made[0].parts if len(made) == 1 else _joined(sources.train, made, name)
+    del made
+    if sources.heldout is not None:
+        held = list(prepare(sources.heldout, f"{name} held out").parts)
     held = held[0] if held else None
     if kind == "unpaired":
         train = with_mismatched(train, name=f"{name} train")
@@ -144,12 +150,31 @@ def prepare_rows(
     return Rows(train, held, buckets, packing, reports=tuple(reports))
 
 
+class Sources(NamedTuple):
+    """The data sets of a section: several of a mixture, and ``data.eval`` where it is set."""
+
+    train: list[Source]
+    heldout: Source | None
+
+
 def sources_of(
     data: DataConfig, kind: str, *, seed: int, name: str, date: str | None = None
-) -> list[Source]:
-    """The data sets that ``prepare_rows`` reads for a section: one, or with ``data.eval`` two."""
+) -> Sources:
+    """The data sets that ``prepare_rows`` reads for a section."""
+    train = []
+    for place, weight, own in data_sets(data):
+        label = name if place == "train" else f"{name}.{place}"
+        recipe = _recipe(own, kind, seed=seed, date=date)
+        train.append(Source(label, own.train, own.train_split, own.subset, recipe, weight))
+    if data.eval is None:
+        return Sources(train, None)
+    whole = dataclasses.replace(_recipe(data, kind, seed=seed, date=date), max_rows=None)
+    return Sources(train, Source(f"{name}.eval", data.eval, data.eval_split, data.subset, whole))
+
+
+def _recipe(data: DataConfig, kind: str, *, seed: int, date: str | None) -> Recipe:
     template = data.chat_template
-    recipe = Recipe(
+    return Recipe(
         kind=kind,
         max_prompt_length=data.max_prompt_length,
         max_completion_length=data.max_completion_length,
@@ -164,11 +189,37 @@ def sources_of(
         seed=seed if data.eval_fraction else 0,
     )
 
-    found = [Source(name, data.train, data.train_split, data.subset, recipe)]
-    if data.eval is not None:
-        whole = dataclasses.replace(recipe, max_rows=None)
-        found.append(Source(f"{name}.eval", data.eval, data.eval_split, data.subset, whole))
-    return found
+
+def _joined(sources: Sequence[Source], made: Sequence[Prepared], name: str) -> list[TokenizedRows]:
+    """The training rows of a mixture, and where some are held out those; says what is whose.
+
+    A prompt that one data set holds out and another trains on is held out.
+    """
+    read, weights = [found.read for found in made], [source.weight for source in sources]
+    sides = list(zip(*(found.parts for found in made), strict=True))
+    counts = sorted({rows.num_completions for rows in sides[0]})
+    if len(counts) > 1:
+        raise ValueError(f"{name}.mix: rows of {counts} completions cannot be mixed")
+    train = join_rows(sides[0], weights, read)
+    held = [join_rows(side, [1.0] * len(side), read) for side in sides[1:]]
+    if held:
+        there = set(held[0].prompts())
+        kept: Bool[np.ndarray, "N"] = np.array([x not in there for x in train.prompts()], bool)
+        if not kept.all():
+            left = len(kept) - int(kept.sum())
+            say(f"{name}: {left} training rows left out, whose prompts another of mix holds out")
+            train = train.take(kept)
+        if not kept.any():
+            raise ValueError(f"{name}.mix: every training prompt is held out by another data set")
+    sizes = train.mixture.sizes(train.source_rows)
+    shares = (
+        f"{size} of {source.path} ({size / sum(sizes):.0%}; {len(rows)} x {source.weight:g})"
+        for source, size, rows in zip(
+            sources, sizes, train.mixture.parts(train.source_rows), strict=True
+        )
+    )
+    say(f"{name}: an epoch of the mixture has {sum(sizes)} rows: {', '.join(shares)}")
+    return [train, *held]
 
 
 def packed_for(rows: Rows, config: DecoderConfig) -> Rows:

@@ -101,7 +101,7 @@ def kind_of_section(config: Config, section: str) -> str:
 
 
 def number_of_steps(loop: LoopConfig, rows: int) -> int:
-    """Updates of a stage on so many rows; what fills no batch is left out of an epoch."""
+    """Updates of a stage whose epoch has so many rows; what fills no batch is left out."""
     return loop.steps or max(1, round(loop.epochs * (rows // loop.batch_size)))
 
 

@@ -165,22 +165,30 @@ def _sections(stage: str, tree: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _sources(tree: Mapping[str, Any], stage: str) -> Iterator[str]:
     for section in _sections(stage, tree):
-        if train := (tree.get(section) or {}).get("train"):
+        for _, train in _data_sets(tree.get(section)):
             yield train
+
+
+def _data_sets(section: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Key and name of each data set that a section trains on."""
+    section = section or {}
+    found = [("train", section.get("train"))]
+    found += [(f"mix.{i}", part["train"]) for i, part in enumerate(section.get("mix") or ())]
+    return [(key, train) for key, train in found if train is not None]
 
 
 def _data(run: Path, tree: Mapping[str, Any], stage: str) -> str:
     files = json.loads((run / INPUTS).read_text()) if (run / INPUTS).is_file() else {}
     lines = []
     for section in _sections(stage, tree):
-        train = (tree.get(section) or {}).get("train")
-        if train is None:
-            continue
-        hub = train == BUILTIN_TASK or (_HUB_NAME.fullmatch(train) and not Path(train).exists())
-        sums = files.get(f"{section}.train", {})
-        known = "".join(f"; `{Path(f).name}` sha256 {sha}..." for f, sha in list(sums.items())[:8])
-        more = f"; {len(sums) - 8} files more" if len(sums) > 8 else ""
-        lines.append(f"- `{section}`: `{train if hub else Path(train).name}`{known}{more}")
+        for key, train in _data_sets(tree.get(section)):
+            name = section if key == "train" else f"{section}.{key}"
+            hub = train == BUILTIN_TASK or (_HUB_NAME.fullmatch(train) and not Path(train).exists())
+            sums = files.get(f"{section}.{key}", {})
+            first = list(sums.items())[:8]
+            known = "".join(f"; `{Path(f).name}` sha256 {sha}..." for f, sha in first)
+            more = f"; {len(sums) - 8} files more" if len(sums) > 8 else ""
+            lines.append(f"- `{name}`: `{train if hub else Path(train).name}`{known}{more}")
     return "## Data\n\n" + "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_jax.checkpoints.atomic import replace_text
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.data import load_records
@@ -118,14 +119,15 @@ def _inputs(config: Config, name: str) -> dict[str, dict[str, str]]:
         sections |= {OWN_ANSWERS: own_answers(config)} if own else {"sft_data": config.sft_data}
     found = {}
     for section, data in sections.items():
-        for key, path, split in (
-            ("train", data.train, data.train_split),
-            ("eval", data.eval, data.eval_split),
+        trained = [(each.place, each.data) for each in data_sets(data)]
+        for key, path, split, subset in (
+            *((place, own.train, own.train_split, own.subset) for place, own in trained),
+            ("eval", data.eval, data.eval_split, data.subset),
         ):
             local = None if path in (None, BUILTIN_TASK) else Path(path).expanduser()
             if local is None or not local.exists():
                 continue
-            records = load_records(local, split=split, subset=data.subset)
+            records = load_records(local, split=split, subset=subset)
             # By their place below what was named: a data set that was moved is the same.
             root = local if local.is_dir() else local.parent
             found[f"{section}.{key}"] = {

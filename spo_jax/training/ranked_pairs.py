@@ -14,6 +14,7 @@ import numpy as np
 
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.checkpoints.run_folder import RunLock, check_shared
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.parsing import ConfigError
 from spo_jax.config.schema import BUILTIN_TASK, Config, ModelConfig
 from spo_jax.data import TokenizedRows, load_records
@@ -101,7 +102,7 @@ def _starting_model(config: Config) -> ModelConfig:
 def _write(
     config: Config, path: Path, rows: TokenizedRows, scores: PairScores, order: np.ndarray
 ) -> list[dict[str, Any]]:
-    places = dict(_places(config, set(rows.source_rows.tolist())))
+    places = dict(_places(config, rows))
     lines = []
     for row in order.tolist():
         record = int(rows.source_rows[row])
@@ -123,11 +124,16 @@ def _write(
     return lines
 
 
-def _places(config: Config, wanted: set[int]) -> Iterator[tuple[int, tuple[str, int]]]:
-    """File and line (from 1) of each of the wanted records."""
-    data = config.data
-    train = data.train if data.train != BUILTIN_TASK else Path(config.output_dir) / PAIRS_FILE
-    for record, found in enumerate(load_records(train, split=data.train_split, subset=data.subset)):
+def _places(config: Config, rows: TokenizedRows) -> Iterator[tuple[int, tuple[str, int]]]:
+    """File and line (from 1) of the record of each row."""
+    wanted = set(rows.source_rows.tolist())
+    counts = (None,) if rows.mixture is None else rows.mixture.records
+    streams = []
+    for (_, _, data), count in zip(data_sets(config.data), counts, strict=True):
+        train = data.train if data.train != BUILTIN_TASK else Path(config.output_dir) / PAIRS_FILE
+        records = load_records(train, split=data.train_split, subset=data.subset)
+        streams.append(itertools.islice(records, count))
+    for record, found in enumerate(itertools.chain(*streams)):
         if record in wanted:
             yield record, (found.file, found.row)
 

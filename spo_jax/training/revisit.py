@@ -140,7 +140,7 @@ def _probe_stage(
     start = Policy(model, like, load_tokenizer(source), source)
     online = load_reference(folder, like) if config.reference.mode == "online" else None
     rows = rows_of_stage(config, name, start, read, resume=True)
-    steps = number_of_steps(config.train, len(rows.own.train))
+    steps = number_of_steps(config.train, rows.own.train.epoch_size)
     stage = make_stage(config, name, model, loss, mesh, steps=steps)
     probes = make_probes(config, loss, start, rows, mesh, folder=folder, online=online)
     path = folder / DYNAMICS_FILE

@@ -180,7 +180,7 @@ def run_stage(
     batches = make_batches(config, name, rows, frozen, mesh)
 
     # Objective, solver and optimizer: the update.
-    steps = number_of_steps(loop_of(config, name), len(rows.own.train))
+    steps = number_of_steps(loop_of(config, name), rows.own.train.epoch_size)
     if pairs:
         check_it_moves(config, steps)
     stage = make_stage(config, name, start.model, loss, mesh, steps=steps)
@@ -319,7 +319,7 @@ def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     reference = keep_reference(config, folder, start, mesh, resume=resume)
     frozen = frozen_logprobs(config, start.model, reference and join(base, reference), rows, mesh)
     online = reference if stays_online(config) else None
-    steps = number_of_steps(config.train, len(rows.own.train))
+    steps = number_of_steps(config.train, rows.own.train.epoch_size)
     stage = make_stage(config, "baseline", start.model, loss, mesh, steps=steps)
     heldout = make_heldout(config, stage, start.model, loss, rows.own, frozen.heldout, mesh)
     look = make_look(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from spo_jax.config.choices import bound_loss, rows_kind, solver_tolerance, uses_gap
+from spo_jax.config.key_help import describe
 from spo_jax.config.parsing import (
     ConfigError,
     config_from_tree,
@@ -20,7 +21,7 @@ from spo_jax.config.parsing import (
     parse_value,
     read_tree,
 )
-from spo_jax.config.schema import Config, Named, describe
+from spo_jax.config.schema import Config, Named
 from spo_jax.config.validation import checked_config, choices, load_config, unused_sections
 from spo_jax.losses import LOSSES, UNPAIRED_LOSSES, PairLogprobs, bco_pair_loss, dpo_loss
 from spo_jax.solvers import PENALTIES, SOLVERS, make_solver

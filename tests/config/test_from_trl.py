@@ -111,6 +111,11 @@ def test_defaults_of_trl_are_written(made):
         ({"precompute_ref_log_probs": False}, "reference.mode", "online"),
         ({"output_dir": "runs/x"}, "output_dir", "runs/x"),
         ({"datasets": [{"path": "P", "name": "c", "split": "s"}]}, "data.subset", "c"),
+        (
+            {"datasets": [{"path": "P"}, {"path": "Q", "split": "s"}]},
+            "data.mix",
+            [{"train": "P"}, {"train": "Q", "train_split": "s"}],
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_are_carried(made, given, key, expected):
@@ -186,7 +191,8 @@ def test_kto(made):
         ("dpo", {"lr_scheduler_type": "polynomial"}, "lr_scheduler_type=polynomial"),
         ("dpo", {"lr_scheduler_kwargs": {"num_cycles": 2}}, "min_lr_rate"),
         ("dpo", {"optim": "adafactor"}, "optim=adafactor"),
-        ("dpo", {"datasets": [{"path": "a"}, {"path": "b"}]}, "several are not mixed"),
+        ("dpo", {"datasets": [{"path": "a"}, {"split": "b"}]}, "each needs a path"),
+        ("dpo", {"datasets": [{"path": "a"}, {"path": "b", "data_dir": "c"}]}, "data_dir is not"),
         ("dpo", {"bf16": True, "fp16": True}, "choose one"),
         ("dpo", {"bf16": "yes please"}, "expected true or false"),
         ("dpo", {"max_steps": 1.5}, "whole number"),

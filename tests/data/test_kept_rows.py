@@ -13,11 +13,11 @@ from spo_jax.data.shares import Prepared, Recipe
 from tests.data.tiny_data import CHATML, make_char_tokenizer, make_rows
 
 PAIRS = [([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9], [10, 12]])]
-PREPARED = Prepared((make_rows(PAIRS), make_rows(PAIRS[1:])), ("all", "train: ä", "held out"))
+PREPARED = Prepared((make_rows(PAIRS), make_rows(PAIRS[1:])), ("all", "train: ä", "held out"), 9)
 
 
 def assert_same(found, expected):
-    assert found.lines == expected.lines
+    assert (found.lines, found.read) == (expected.lines, expected.read)
     for rows, other in zip(found.parts, expected.parts, strict=True):
         assert rows.fingerprint() == other.fingerprint()
         for field in dataclasses.fields(rows):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from spo_jax.config.mixtures import data_sets
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
 from spo_jax.data import FormatReport, TokenizedRows
 from spo_jax.data.buckets import assign_shapes
@@ -18,7 +19,7 @@ from spo_jax.data.formats import RowError
 from spo_jax.parallel.mesh import AXES, batch_shards, mesh_shape
 from spo_jax.policies.loading import Outline, load_outline
 from spo_jax.policies.pair_scores import number_displacing
-from spo_jax.policies.rows import Rows, Source, sources_of
+from spo_jax.policies.rows import Rows, Sources, sources_of
 from spo_jax.sampling.builtin import PAIRS_FILE, builtin_sft, sampled_data
 from spo_jax.training.material import (
     heldout_batches,
@@ -115,9 +116,10 @@ def _section(
     read: dict[str, Rows],
     errors: list[Exception],
 ) -> dict[str, Any]:
-    kind, sources = kind_of_section(config, section), []
+    kind, sources = kind_of_section(config, section), Sources([], None)
     given = config.data if section == OWN_ANSWERS else getattr(config, section)
-    facts: dict[str, Any] = {"kind": kind, "train": given.train, "eval": given.eval, "note": None}
+    train = ", ".join(each.data.train for each in data_sets(given))
+    facts: dict[str, Any] = {"kind": kind, "train": train, "eval": given.eval, "note": None}
     try:
         data, facts["note"] = _data(config, section, work)
         if data is None:
@@ -140,14 +142,15 @@ def _section(
     }
     if any(isinstance(of, FormatReport) and of.bad for _, of in rows.reports):
         facts["bad_rows"] = _bad(sources, outline)
-    parts = {"train": (rows.train, sources[0])}
+    parts = {"train": (rows.train, sources.train)}
     if rows.heldout is not None:
-        parts["held_out"] = (rows.heldout, sources[-1])
+        held = sources.train if sources.heldout is None else [sources.heldout]
+        parts["held_out"] = (rows.heldout, held)
     facts["parts"] = {name: _part(part, kind) for name, (part, _) in parts.items()}
     facts["buckets"] = _buckets(rows)
     facts["first_rows"] = {
-        name: describe_rows(part, source, outline.tokenizer, first_rows)
-        for name, (part, source) in parts.items()
+        name: describe_rows(part, read_from, outline.tokenizer, first_rows)
+        for name, (part, read_from) in parts.items()
     }
     for shown in (row for part in facts["first_rows"].values() for row in part):
         # Its rows were written for the look alone.
@@ -183,16 +186,19 @@ def _data(config: Config, section: str, work: Path) -> tuple[DataConfig | None, 
     return data, None
 
 
-def _bad(sources: list[Source], outline: Outline) -> list[str]:
-    return [str(error) for source in sources for error in bad_rows(source, outline.tokenizer)]
+def _bad(sources: Sources, outline: Outline) -> list[str]:
+    read = [*sources.train, *([] if sources.heldout is None else [sources.heldout])]
+    return [str(error) for source in read for error in bad_rows(source, outline.tokenizer)]
 
 
 def _part(rows: TokenizedRows, kind: str) -> dict[str, Any]:
     named = dict(zip(BRANCHES[kind], rows.completion_lengths.T, strict=True))
     judged = {} if rows.desirable is None else {"desirable": int(rows.desirable.sum())}
     lengths = {"prompt": rows.prompt_lengths, **named}
+    mixed = {} if rows.mixture is None else {"rows_of_an_epoch": rows.epoch_size}
     return {
         "rows": len(rows),
+        **mixed,
         **judged,
         "scored_tokens": int(rows.completion_mask.sum()),
         "lengths": {name: _lengths(of) for name, of in lengths.items()},
@@ -260,7 +266,7 @@ def _stage(
 
 
 def _updates(config: Config, name: str, rows: Rows) -> dict[str, Any]:
-    loop, count = loop_of(config, name), len(rows.train)
+    loop, count = loop_of(config, name), rows.train.epoch_size
     share = config.data.drop_displacing if name != "sft" else None
     count -= 0 if share is None else number_displacing(share, count)
     updates, an_epoch = number_of_steps(loop, count), count // loop.batch_size

@@ -56,13 +56,25 @@ def bad_rows(source: Source, tokenizer: Any) -> list[RowError]:
 
 
 def describe_rows(
-    rows: TokenizedRows, source: Source, tokenizer: Any, count: int
+    rows: TokenizedRows, sources: Sequence[Source], tokenizer: Any, count: int
 ) -> list[dict[str, Any]]:
-    """The first ``count`` rows as they are trained on, with what was cut of them.
+    """The first ``count`` rows of each of the ``sources`` as they are trained on.
 
     The record is read and tokenized again without limits of length: what it has more is the cut.
     """
-    count = min(count, len(rows))
+    mixture, places = rows.mixture, rows.source_rows
+    parts = [np.arange(len(rows))] if mixture is None else mixture.parts(places)
+    starts = [0] if mixture is None else [sum(mixture.records[:i]) for i in range(len(parts))]
+    found = []
+    for source, part, start in zip(sources, parts, starts, strict=True):
+        found += _described(rows, part[:count].tolist(), source, start, tokenizer)
+    return found
+
+
+def _described(
+    rows: TokenizedRows, chosen: Sequence[int], source: Source, start: int, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """The ``chosen`` rows, which are of ``source``, whose first record has the place ``start``."""
     recipe = dataclasses.replace(
         source.recipe,
         max_prompt_length=_UNCUT,
@@ -71,10 +83,10 @@ def describe_rows(
     )
     task = make_task(source._replace(recipe=recipe), tokenizer)
     encoder = task.encoder.encoder
-    records = _records(source, set(rows.source_rows[:count].tolist()))
+    records = _records(source, {int(rows.source_rows[i]) - start for i in chosen})
     found = []
-    for i in range(count):
-        place = int(rows.source_rows[i])
+    for i in chosen:
+        place = int(rows.source_rows[i]) - start
         own = _row(rows, i)
         whole = list(_rows_of_chunk(task((place, [records[place]])).ids))
         uncut = next((row for row in whole if _is_cut_from(own, row)), own)
