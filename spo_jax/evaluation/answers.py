@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from spo_jax.checkpoints.atomic import write_rows
 from spo_jax.config.schema import BUILTIN_TASK, AnswersConfig, Config, DataConfig
-from spo_jax.parallel.processes import is_first
+from spo_jax.parallel.processes import is_first, say
 from spo_jax.policies.completions import MAX_PROMPT_LENGTH, complete, stop_ids
 from spo_jax.policies.limits import check_texts
 from spo_jax.policies.loading import Policy
+from spo_jax.policies.progress import RowProgress
 from spo_jax.policies.rows import read_rows, task_problems
 from spo_jax.tasks import TASKS
 from spo_jax.types import PreferenceRow, SFTRow
@@ -110,15 +111,29 @@ def answer(
     exam: Exam, policy: Policy, check: Callable[[], None] | None = None
 ) -> list[dict[str, Any]]:
     """The greedy answer to each problem, with its verdicts (``grade_answers``)."""
-    found = complete(
-        policy.model,
-        policy.params,
-        policy.tokenizer,
-        [prompt for prompt, _ in exam.problems],
-        stop_ids=stop_ids(policy.folder, policy.tokenizer),
-        progress=None if check is None else lambda done, total: check(),
-        **exam.settings,
-    )
+    count, most = len(exam.problems), exam.settings["max_new_tokens"]
+    say(f"answers: {count} problems are answered, with at most {most} tokens each")
+    shown, so_far = RowProgress("answers", "problems answered", count), 0
+
+    def behind_a_batch(done: int, total: int) -> None:
+        nonlocal so_far
+        shown(done - so_far)
+        so_far = done
+        if check is not None:
+            check()
+
+    try:
+        found = complete(
+            policy.model,
+            policy.params,
+            policy.tokenizer,
+            [prompt for prompt, _ in exam.problems],
+            stop_ids=stop_ids(policy.folder, policy.tokenizer),
+            progress=behind_a_batch,
+            **exam.settings,
+        )
+    finally:
+        shown.close()
     return grade_answers(exam.task, exam.problems, found)
 
 

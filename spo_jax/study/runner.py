@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from spo_jax.study.grid import Cell, StudyConfig, resolved, run_cells, start_cells
 from spo_jax.study.worker import LOG_FILE, RESULT_FILE, CellFailed, run_cell, set_up
@@ -140,10 +140,32 @@ def _one_by_one(
             continue
         say(f"{cell.name} begins; what it says: {cell.folder / LOG_FILE}")
         try:
-            yield cell, run_cell(study, cell)
+            with _telling(cell):
+                result = run_cell(study, cell)
         except CellFailed as error:
             lost.add(cell.folder)
             yield cell, error
+        else:
+            yield cell, result
+
+
+@contextlib.contextmanager
+def _telling(cell: Cell) -> Iterator[None]:
+    """Within, how far the run is is said every now and then, past its log."""
+    ended = threading.Event()
+
+    def tell(past: TextIO) -> None:
+        while not ended.wait(TELL_SECONDS):
+            print(f"  {cell.name}: {_last_line(cell.folder / LOG_FILE)}", file=past, flush=True)
+
+    with os.fdopen(os.dup(2), "w") as past:
+        teller = threading.Thread(target=tell, args=(past,), daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
 
 
 def _at_once(

@@ -8,6 +8,7 @@ from spo_jax.config.parsing import ConfigError
 from spo_jax.config.validation import checked_config
 from spo_jax.data import load_tokenizer
 from spo_jax.evaluation.answers import Exam, grade_answers, make_exam, shares, take_exam
+from spo_jax.policies import progress
 from spo_jax.policies.completions import Completion
 from spo_jax.policies.loading import Policy
 from spo_jax.tasks import arithmetic
@@ -87,22 +88,27 @@ def test_shares_counted_by_hand():
     }
 
 
-def test_answers_are_kept_with_their_verdicts(monkeypatch, tmp_path, tokenizer):
+def test_answers_are_kept_with_their_verdicts(monkeypatch, tmp_path, tokenizer, capsys):
     asked = {}
 
     def fake(model, params, tokenizer, prompts, **settings):
         asked.update(prompts=prompts, settings=settings)
+        settings.pop("progress")(2, 2)
         return [Completion(" 3", True), Completion(" 9", True)]
 
     monkeypatch.setattr("spo_jax.evaluation.answers.complete", fake)
+    monkeypatch.setattr(progress, "_RHYTHM", 0.0)
     exam = Exam("arithmetic", [("1+2=", " 3"), ("2+2=", " 4")], {"max_new_tokens": 5})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
     policy = Policy(None, None, tokenizer, tmp_path)
     assert take_exam(exam, policy, tmp_path)["accuracy"] == 0.5
     assert asked == {
         "prompts": ["1+2=", "2+2="],
-        "settings": {"max_new_tokens": 5, "stop_ids": (1, 5), "progress": None},
+        "settings": {"max_new_tokens": 5, "stop_ids": (1, 5)},
     }
+    said = capsys.readouterr().err
+    assert "2 problems are answered, with at most 5 tokens each" in said
+    assert "answers: 2 of 2 problems answered" in said
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["exact"] for line in lines] == [True, False]
 

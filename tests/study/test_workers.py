@@ -254,3 +254,22 @@ def test_the_parent_takes_no_device(tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_one_at_a_time_says_how_far_it_is_past_its_log(tmp_path, monkeypatch, capfd):
+    """Else nothing is heard of a run of hours, whose output goes to its log."""
+    monkeypatch.setattr(runner, "TELL_SECONDS", 0.05)
+
+    def half_way(study, cell):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        with worker._output_to(cell.folder / worker.LOG_FILE):
+            os.write(1, b"train 3/6  loss 0.5\n")
+            time.sleep(0.5)
+        raise CellFailed(f"{cell.name}: enough")
+
+    monkeypatch.setattr(runner, "run_cell", half_way)
+    study = read_study(written(tmp_path, seeds=[0], variants={}, losses={}))
+    run_study(study, say=lambda text: None)
+    assert ": train 3/6  loss 0.5" in capfd.readouterr().err
+    log = next(tmp_path.rglob(worker.LOG_FILE)).read_text()
+    assert log.strip().splitlines() == ["train 3/6  loss 0.5"]
