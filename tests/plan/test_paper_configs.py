@@ -17,6 +17,7 @@ from spo_jax.plan import compile_pair_update, memory_summary
 from spo_jax.study import read_study
 from spo_jax.study.grid import resolved, run_cells, start_cells
 from spo_jax.tasks import arithmetic
+from tests.data.real_templates import make_family_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 PARAMETERS = {
@@ -102,6 +103,39 @@ def test_longest_rows_have_a_bucket_and_evaluations_are_no_larger_than_updates(m
     # Evaluations are forward passes alone, but of all their rows at once.
     micro = config.train.batch_size // config.train.gradient_accumulation
     assert config.train.eval_batch_size <= 2 * micro
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("llama-3-8b", "llama3_first"), ("llama-3.2-1b", None), ("qwen2.5-0.5b", "qwen25")],
+)
+def test_the_second_reading_starts_from_instruct_models(model, family):
+    """As they are, on the same pairs; problems are asked in their own format, and for the mark."""
+    study, first = read(model, "instruct"), read(model, "ultrafeedback")
+    text = (FOLDER / f"{model}-instruct.yaml").read_text()
+    assert text.startswith("# A SECOND READING of the paper's GSM8K column")
+    reported = re.findall(r"^#   \S+ +\d.*", text, re.M)
+    assert reported == re.findall(
+        r"^#   \S+ +\d.*", (FOLDER / f"{model}-gsm8k.yaml").read_text(), re.M
+    )
+    assert len(reported) == 1 + len(METHODS)
+    assert [cell.row for cell in run_cells(study)] == [cell.row for cell in run_cells(first)]
+    (start,) = start_cells(study)
+    assert start.tree["stages"] == ["preference"]
+    assert start.tree["model"]["path"].endswith("-Instruct")
+    found, expected = (resolved(cells(each)["DPO + SPO"]) for each in (study, first))
+    own = {"model", "answers", "output_dir", "data", "reference"}
+    assert differing(found, expected) <= own
+    assert differing(found["data"], expected["data"]) <= {"chat_template"}
+    if family is None:
+        return
+    ask = '\nReason step by step, then end with a line "#### " and the answer as a number.'
+    asked = [{"role": "user", "content": "How many?"}]
+    template = found["answers"]["chat_template"]
+    tokenizer = make_family_tokenizer(family)
+    theirs = make_chat_format(tokenizer)
+    expected = theirs.render([{"role": "user", "content": f"How many?{ask}"}], True)
+    assert make_chat_format(tokenizer, template=template).render(asked, True) == expected
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
