@@ -40,6 +40,13 @@ def validate_mixture(key: str, data: DataConfig) -> None:
     Raises:
         ConfigError: with the key and the mend.
     """
+    for place, _, own in data_sets(data):
+        if own.streaming and own.max_rows is None:
+            where = key if place == "train" else f"{key}.{place}"
+            raise ConfigError(
+                f"{where}.streaming without max_rows would fetch all of {own.train} at every "
+                "start, and keep none: set max_rows, or leave streaming out"
+            )
     if data.mix and data.train is not None:
         raise ConfigError(
             f"{key}.train={data.train} would be ignored: {key}.mix is set. Make it one of mix, or "

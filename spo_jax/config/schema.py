@@ -88,6 +88,7 @@ class MixedData:
     weight: float = _key(1.0, "how often an epoch sees each row: 2 twice, 0.5 every other epoch")
     subset: str | None = _key(None, "configuration of a hub data set")
     train_split: str | None = _key(None, "split of a hub data set")
+    streaming: bool | None = _key(None, "fetch what is read and no more")
     max_rows: int | None = _key(None, "use only its first rows")
     columns: dict[str, str] | None = _key(None, "our name of a column to the file's")
     ignore_columns: tuple[str, ...] | None = _key(None, "columns that are left out")
@@ -104,6 +105,9 @@ class DataConfig:
     eval: str | None = _key(None, "held-out rows, same forms")
     subset: str | None = _key(None, "configuration of a hub data set (gsm8k: main)")
     train_split: str = _key("train", "split of a hub data set")
+    streaming: bool = _key(
+        False, "hub data sets: fetch what is read and no more (train; needs max_rows)"
+    )
     eval_split: str = _key("test", "split of a hub data set")
     eval_fraction: float = _key(0.0, "without eval: share of the prompts of train held out")
     max_rows: int | None = _key(None, "use only the first rows of train")

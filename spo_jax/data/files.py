@@ -61,6 +61,8 @@ class Records:
         """How many records there are, about, where that is told by the lines of files or tables."""
         if any(isinstance(s, Path) and not s.name.endswith(_LINES) for s in self.sources):
             return None
+        if not all(isinstance(s, Path) or hasattr(s, "__len__") for s in self.sources):
+            return None  # a stream
         return sum(_lines_of(s) if isinstance(s, Path) else len(s) for s in self.sources)
 
 
@@ -70,18 +72,25 @@ def _lines_of(path: Path) -> int:
 
 
 def load_records(
-    path_or_name: str | Path, *, split: str = "train", subset: str | None = None
+    path_or_name: str | Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    streaming: bool = False,
 ) -> Records:
     """Open a local JSON, JSON Lines (also ``.gz``) or Parquet file, a folder, or a hub data set.
 
     A folder gives its data files in sorted order; when their names speak of splits, those of
-    ``split``. ``subset`` is a hub data set's configuration name. JSON is read here, line by
+    ``split``. ``subset`` is a hub data set's configuration name; with ``streaming`` no more of
+    one is fetched than is read. JSON is read here, line by
     line; Parquet, ``save_to_disk`` folders and hub names go through ``datasets``.
 
     Raises ``FileNotFoundError`` for a missing path (with the nearest name) or split, and
     ``ConnectionError`` or ``ValueError`` for a hub name that cannot be loaded.
     """
     text, path = str(path_or_name), Path(path_or_name).expanduser()
+    if streaming and path.exists():
+        raise ValueError(f"{path} is here, and streaming is of hub data sets: leave streaming out")
     if path.is_file():
         if not text.endswith(DATA_SUFFIXES):
             raise ValueError(f"{path}: unknown kind of file; expected {', '.join(DATA_SUFFIXES)}")
@@ -90,7 +99,7 @@ def load_records(
         return _folder_records(path, split)
     if _looks_local(text, path):
         raise FileNotFoundError(_missing_message(path))
-    return Records(text, (_load_hub(text, split, subset),))
+    return Records(text, (_load_hub(text, split, subset, streaming),))
 
 
 def _looks_local(text: str, path: Path) -> bool:
@@ -202,13 +211,14 @@ def _no_progress() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _load_hub(name: str, split: str, subset: str | None) -> Any:
+def _load_hub(name: str, split: str, subset: str | None, streaming: bool) -> Any:
     import datasets
 
-    say(f"{name}: the data set of that name on the hub, or the copy kept of it")
+    how = "read as a stream" if streaming else "or the copy kept of it"
+    say(f"{name}: the data set of that name on the hub, {how}")
     try:
         with _no_progress():
-            return datasets.load_dataset(name, subset, split=split)
+            return datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except ConnectionError as error:
         raise ConnectionError(
             f"{name!r} is no local file or folder, and the hub cannot be reached ({error}): "

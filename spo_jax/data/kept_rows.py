@@ -49,6 +49,8 @@ def rows_fingerprint(records: Records, tokenizer: Any, recipe: Recipe, *, today:
         if isinstance(source, Path):
             add(str(source), _of_file(source))
             continue
+        if not hasattr(source, "__len__"):
+            return None  # a stream
         files = [Path(file["filename"]) for file in getattr(source, "cache_files", ())]
         if not files or getattr(source, "_fingerprint", None) is None:
             return None

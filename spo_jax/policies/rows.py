@@ -73,10 +73,13 @@ class Source(NamedTuple):
     subset: str | None
     recipe: Recipe
     weight: float = 1.0
+    streaming: bool = False
 
     def records(self) -> Records:
         """Its raw rows."""
-        return load_records(self.path, split=self.split, subset=self.subset)
+        return load_records(
+            self.path, split=self.split, subset=self.subset, streaming=self.streaming
+        )
 
 
 def read_rows(
@@ -92,7 +95,9 @@ def read_rows(
     ``date`` is what chat templates are told (``None``: today).
     """
     rows, report = format_rows(
-        load_records(data.train, split=data.train_split, subset=data.subset),
+        load_records(
+            data.train, split=data.train_split, subset=data.subset, streaming=data.streaming
+        ),
         make_chat_format(tokenizer, template=data.chat_template, date=date),
         kind=kind,
         on_bad_row=data.on_bad_row,
@@ -165,7 +170,8 @@ def sources_of(
     for place, weight, own in data_sets(data):
         label = name if place == "train" else f"{name}.{place}"
         recipe = _recipe(own, kind, seed=seed, date=date)
-        train.append(Source(label, own.train, own.train_split, own.subset, recipe, weight))
+        where = own.train, own.train_split, own.subset
+        train.append(Source(label, *where, recipe, weight, own.streaming))
     if data.eval is None:
         return Sources(train, None)
     whole = dataclasses.replace(_recipe(data, kind, seed=seed, date=date), max_rows=None)

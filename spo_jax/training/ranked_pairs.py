@@ -131,7 +131,9 @@ def _places(config: Config, rows: TokenizedRows) -> Iterator[tuple[int, tuple[st
     streams = []
     for (_, _, data), count in zip(data_sets(config.data), counts, strict=True):
         train = data.train if data.train != BUILTIN_TASK else Path(config.output_dir) / PAIRS_FILE
-        records = load_records(train, split=data.train_split, subset=data.subset)
+        records = load_records(
+            train, split=data.train_split, subset=data.subset, streaming=data.streaming
+        )
         streams.append(itertools.islice(records, count))
     for record, found in enumerate(itertools.chain(*streams)):
         if record in wanted:

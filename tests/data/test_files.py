@@ -1,8 +1,9 @@
 import gzip
+import itertools
 import json
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from spo_jax.data import load_records
 
@@ -126,6 +127,28 @@ def test_missing_paths_name_the_nearest(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(ValueError, match="unknown kind of file"):
         load_records(tmp_path / "a.csv")
+
+
+def test_a_stream_is_read_as_far_as_it_is_asked_for(tmp_path, monkeypatch):
+    taken = []
+
+    def rows():
+        for row in ROWS[:1] * 100:
+            taken.append(1)
+            yield row
+
+    def load(name, subset, *, split, streaming):
+        assert (name, subset, split, streaming) == ("org/large", None, "train", True)
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    records = load_records("org/large", streaming=True)
+    assert records.count() is None
+    assert [record.fields for record in itertools.islice(records, 3)] == ROWS[:1] * 3
+    assert len(taken) < 10
+    write_lines(tmp_path / "pairs.jsonl")
+    with pytest.raises(ValueError, match="streaming is of hub data sets"):
+        load_records(tmp_path / "pairs.jsonl", streaming=True)
 
 
 def test_hub_name_offline():

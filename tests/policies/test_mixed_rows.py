@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from datasets import IterableDataset
 
 from spo_jax.config.parsing import ConfigError
 from spo_jax.config.schema import DataConfig, MixedData
@@ -107,6 +108,29 @@ def test_a_plan_counts_the_rows_of_an_epoch(files):
     assert count_rows(DataConfig(mix=(MixedData("org/name"),))) is None
 
 
+def test_of_a_stream_no_more_is_read_than_is_used(files, tmp_path, monkeypatch, capsys):
+    taken = []
+
+    def rows():
+        for i in range(5000):
+            taken.append(i)
+            yield {"prompt": f"s{i}", "chosen": "a", "rejected": "b"}
+
+    def load(name, subset, *, split, streaming):
+        assert streaming
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(prepared, "WORTH_KEEPING", 0.0)
+    large = MixedData("org/large", streaming=True, max_rows=30)
+    data = DataConfig(mix=(MixedData(files[0]), large))
+    for _ in range(2):  # content that cannot be told is not kept
+        rows_of = prepare(data, cache=str(tmp_path / "cache"))
+        assert len(rows_of.train) == 50
+    assert len(taken) < 200
+    assert capsys.readouterr().err.count("as they were made before") == 1
+
+
 MODEL = {"tokenizer": "builtin:arithmetic", "init": ARCHITECTURE}
 
 
@@ -122,6 +146,8 @@ MODEL = {"tokenizer": "builtin:arithmetic", "init": ARCHITECTURE}
         ({"mix": [{"train": "a", "weight": "x"}]}, "data.mix.0.weight='x': expected"),
         ({"mix": ["a"]}, "data.mix.0='a': expected a mapping"),
         ({"mix": []}, "data.train is not set"),
+        ({"train": "a", "streaming": True}, "data.streaming without max_rows would fetch all of a"),
+        ({"mix": [{"train": "a", "streaming": True}]}, "data.mix.0.streaming without max_rows"),
     ],
 )
 def test_what_cannot_be_mixed_is_named(data, said):
