@@ -20,6 +20,7 @@ from spo_jax.cli.train import read_overrides
 from spo_jax.config.parsing import read_tree
 from spo_jax.config.validation import load_config
 from spo_jax.study import read_study
+from spo_jax.study.iterated import read_rounds
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spo_jax"
@@ -56,13 +57,17 @@ def header_commands(path: Path) -> list[list[str]]:
 def test_configuration_is_valid_with_the_commands_of_its_header(path):
     commands = header_commands(path)
     assert commands, f"{shown(path)} does not start with its command"
-    study = "run" in read_tree(path)
+    tree, own = read_tree(path), 0
+    kind = "rounds" if "rounds" in tree else "study" if "run" in tree else "run"
     for program, command, config, *rest in commands:
-        assert (program, config) == ("spo-jax", shown(path))
-        assert command in (("study",) if study else ("train", "sft", "plan"))
-        read = read_study if study else load_config
+        assert program == "spo-jax"
+        own += config == shown(path)
+        if config == shown(path):  # another one's may stand before it: what it starts from
+            assert command in ({"run": ("train", "sft", "plan")}.get(kind, (kind,)))
+        read = {"study": read_study, "rounds": read_rounds}.get(command, load_config)
         _, overrides = make_parser().parse_known_args([command, config, *rest])
-        read(path, read_overrides(overrides))
+        read(ROOT / config, read_overrides(overrides))
+    assert own, f"no command in the header of {shown(path)} runs it"
 
 
 def test_there_are_configurations():

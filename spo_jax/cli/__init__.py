@@ -18,6 +18,7 @@ from spo_jax.cli import (
     make_pairs,
     plan,
     report,
+    rounds,
     score_pairs,
     study,
     train,
@@ -48,6 +49,7 @@ Align a language model on preference pairs with Stable Preference Optimization (
                                                probe a run's checkpoints
   spo-jax report RUN                           figures and tables of a run as one HTML page
   spo-jax study CONFIG                         methods with and without SPO over seeds
+  spo-jax rounds CONFIG                        iterated: pairs of the policy, training, and again
   spo-jax completion bash                      a script for the shell's completion (or zsh)
 """
 
@@ -55,7 +57,7 @@ _COMPILING = ("evaluate", "generate", "make-pairs", "score-pairs", "dynamics")
 """Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
 _COMMANDS = (
     *(train, config, data, plan, evaluate, generation, make_pairs, score_pairs),
-    *(study, report, completion),
+    *(study, rounds, report, completion),
 )
 
 

@@ -115,7 +115,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
             actions.append((name, " ".join(inside)))
             continue
         options = [o for o in command._actions if o.option_strings]
-        takes_keys = command.get_default("takes_keys") and name != "study"
+        takes_keys = command.get_default("takes_keys") and name not in ("study", "rounds")
         given = [flag for option in options for flag in option.option_strings if flag[:2] == "--"]
         flags.append((name, " ".join([*given, *(keys if takes_keys else ())])))
         place = _place(command)

@@ -150,7 +150,7 @@ def _check(study: StudyConfig) -> None:
     if study.pairs:
         if (study.run.get("data") or {}).get("train") is not None:
             raise ConfigError("run.data.train would be ignored: pairs makes the pairs. Remove one")
-        pair_options(study, study.seeds[0])
+        pair_options(study.pairs, study.seeds[0])
     for key in _SET_BY_CELLS:
         if key in study.run:
             raise ConfigError(f"run.{key} would be ignored: the study sets it for each run")
@@ -171,25 +171,23 @@ def _check(study: StudyConfig) -> None:
                 )
 
 
-def pair_options(study: StudyConfig, seed: int) -> tuple[dict[str, Any], PairSettings]:
-    """``pairs`` as the arguments of ``make_pairs``: where the rows are, and what decides pairs."""
+def pair_options(pairs: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], PairSettings]:
+    """A section ``pairs`` as arguments of ``make_pairs``: where rows are, what decides pairs."""
     settings = {f.name for f in fields(PairSettings)} - {"seed"}
     rows = ("data", "subset", "split", "max_rows", "chat_template", "on_bad_row", "batch_size")
     rows = (*rows, "columns", "ignore_columns")
-    for key in study.pairs:
+    for key in pairs:
         if key not in (*settings, *rows):
             known = [*rows, *sorted(settings)]
             raise ConfigError(
                 f"unknown key pairs.{key}{nearest(str(key), known)}; pairs takes {', '.join(known)}"
             )
     for key in ("data", "task"):
-        if key not in study.pairs:
+        if key not in pairs:
             raise ConfigError(f"pairs.{key} is not set: name the problems and how they are graded")
-    chosen = {k: v for k, v in study.pairs.items() if k in settings}
+    chosen = {k: v for k, v in pairs.items() if k in settings}
     try:
-        return {k: study.pairs[k] for k in rows if k in study.pairs}, PairSettings(
-            **chosen, seed=seed
-        )
+        return {k: pairs[k] for k in rows if k in pairs}, PairSettings(**chosen, seed=seed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pairs: {error}") from None
 

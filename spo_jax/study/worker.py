@@ -139,7 +139,7 @@ def _start(study: StudyConfig, cell: Cell) -> dict[str, float]:
         if pairs is not None:
             builtin_data(pairs, "data", finished.policy, cell.folder, resume=True)
     if study.pairs and not (cell.folder / PAIRS_FILE).exists():
-        rows, settings = pair_options(study, cell.seed)
+        rows, settings = pair_options(study.pairs, cell.seed)
         model = str(cell.folder) if has_sft(study) else config.model.path
         make_pairs(model, rows.pop("data"), cell.folder / PAIRS_FILE, settings, **rows)
     own = [c for c in run_cells(study) if (c.start, c.seed) == (cell.start, cell.seed)]
