@@ -76,6 +76,11 @@ class TokenizedRows:
         """Each row's prompt as a value that is equal where the ids are."""
         return [self.prompt_ids[i:j].tobytes() for i, j in itertools.pairwise(self.prompt_offsets)]
 
+    def apart_from(self, others: TokenizedRows) -> Bool[np.ndarray, "N"]:
+        """Which rows have a prompt that none of the ``others`` has."""
+        there = set(others.prompts())
+        return np.array([prompt not in there for prompt in self.prompts()], bool)
+
     def take(self, kept: Bool[np.ndarray, "N"]) -> TokenizedRows:
         """The rows that are ``kept``, in their order."""
         of_prompts = np.repeat(kept, self.prompt_lengths)

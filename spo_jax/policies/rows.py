@@ -6,9 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Bool
-
 from spo_jax.config.mixtures import data_sets
 from spo_jax.config.schema import DataConfig, TaskConfig
 from spo_jax.data import (
@@ -209,8 +206,7 @@ def _joined(sources: Sequence[Source], made: Sequence[Prepared], name: str) -> l
     train = join_rows(sides[0], weights, read)
     held = [join_rows(side, [1.0] * len(side), read) for side in sides[1:]]
     if held:
-        there = set(held[0].prompts())
-        kept: Bool[np.ndarray, "N"] = np.array([x not in there for x in train.prompts()], bool)
+        kept = train.apart_from(held[0])
         if not kept.all():
             left = len(kept) - int(kept.sum())
             say(f"{name}: {left} training rows left out, whose prompts another of mix holds out")

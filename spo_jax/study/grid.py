@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,16 +84,8 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     Raises:
         ConfigError: a missing file, an unknown key, or a run that could not be run.
     """
-    path = find_config(path)
-    tree = read_tree(path)
-    run = dict(tree.get("run") or {})
-    base = run.pop("base", None)
-    if base is not None:
-        beside = path.parent / str(base)
-        below = read_tree(beside if beside.is_file() else base)
-        run = lay_over({k: v for k, v in below.items() if k not in _SET_BY_CELLS}, run)
-    tree = override({**tree, "run": run}, overrides or {})
-    study = _from_tree(tree)
+    tree = read_over_base(path, lambda run: _SET_BY_CELLS)
+    study = _from_tree(override(tree, overrides or {}))
     _check(study)
     folders: dict[Path, Cell] = {}
     for cell in [*start_cells(study), *run_cells(study)]:
@@ -108,6 +100,25 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         except ConfigError as error:
             raise ConfigError(f"{cell.name}: {error}") from None
     return study
+
+
+def read_over_base(
+    path: str | Path, unused: Callable[[Mapping[str, Any]], Iterable[str]]
+) -> dict[str, Any]:
+    """A file whose section ``run`` may have a ``base``, with that laid under it.
+
+    Of the base's keys those that are ``unused`` in the whole section ``run`` are left out.
+    """
+    path = find_config(path)
+    tree = read_tree(path)
+    run = dict(tree.get("run") or {})
+    base = run.pop("base", None)
+    if base is not None:
+        beside = path.parent / str(base)
+        below = read_tree(beside if beside.is_file() else base)
+        names = set(unused(lay_over(below, run)))
+        run = lay_over({k: v for k, v in below.items() if k not in names}, run)
+    return {**tree, "run": run}
 
 
 def _from_tree(tree: Mapping[str, Any]) -> StudyConfig:

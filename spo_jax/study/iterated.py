@@ -27,11 +27,8 @@ from spo_jax.config.parsing import (
     ConfigError,
     changed_keys,
     config_to_dict,
-    find_config,
-    lay_over,
     nearest,
     override,
-    read_tree,
 )
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.config.validation import checked_config
@@ -42,7 +39,7 @@ from spo_jax.parallel.processes import say
 from spo_jax.policies.loading import Policy, load_policy
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.sampling.make_pairs import make_pairs
-from spo_jax.study.grid import pair_options
+from spo_jax.study.grid import pair_options, read_over_base
 from spo_jax.training.run import train
 from spo_jax.types import Params
 
@@ -78,18 +75,7 @@ def read_rounds(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: a missing file, an unknown key, or a round that could not be run.
     """
-    path = find_config(path)
-    tree = read_tree(path)
-    run = dict(tree.get("run") or {})
-    base = run.pop("base", None)
-    if base is not None:
-        beside = path.parent / str(base)
-        below = lay_over(read_tree(beside if beside.is_file() else base), run)
-        own = (below.get("objective") or {}).get("inner_data") == "sft"
-        of_sft = () if own or "sft_data" in run else ("sft_data",)
-        without = {*_SET_BY_ROUNDS, *of_sft} - set(run)
-        run = {k: v for k, v in below.items() if k not in without}
-    tree = override({**tree, "run": run}, overrides or {})
+    tree = override(read_over_base(path, _unused), overrides or {})
     names = [each.name for each in fields(RoundsConfig)]
     for key in tree:
         if key not in names:
@@ -103,6 +89,12 @@ def read_rounds(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     plan = RoundsConfig(**values)
     _check(plan)
     return plan
+
+
+def _unused(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sections of a base that rounds have no use for."""
+    inner = (run.get("objective") or {}).get("inner_data")
+    return _SET_BY_ROUNDS if inner == "sft" else (*_SET_BY_ROUNDS, "sft_data")
 
 
 def _check(plan: RoundsConfig) -> None:
@@ -201,7 +193,7 @@ def _settings(plan: RoundsConfig, number: int) -> dict[str, Any]:
 
 
 def _kept(plan: RoundsConfig, number: int) -> dict[str, Any] | None:
-    """The figures of a round that is finished."""
+    """The figures of a round that is finished; one that is begun must have the same settings."""
     folder = folder_of(plan, number)
     path = folder / RESULT_FILE
     if not path.is_file():
@@ -222,32 +214,41 @@ def _kept(plan: RoundsConfig, number: int) -> dict[str, Any] | None:
 
 def _start(plan: RoundsConfig) -> dict[str, Any]:
     """Graded answers of the policy that the first round begins with, if any are asked for."""
-    path = Path(plan.output_dir) / "start.json"
-    if path.is_file():
-        return json.loads(path.read_text())
+    path, settings = Path(plan.output_dir) / "start.json", _settings(plan, 1)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    if kept.get("settings") == settings:
+        return kept["figures"]
     config, figures = round_config(plan, 1), {"round": 0}
     with tempfile.TemporaryDirectory() as work:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         policy = load_policy(config.model, mesh, seed=config.seed, work=Path(work))
         figures |= _graded(config, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, to_json(figures, str(path)) + "\n")
+    _write(path, settings, figures)
     return figures
 
 
-def _graded(config: Config, policy: Policy, folder: Path | None = None) -> dict[str, float]:
+def _write(path: Path, settings: dict[str, Any], figures: dict[str, Any] | None) -> None:
+    text = to_json({"settings": settings, "figures": figures}, str(path), indent=1)
+    replace_text(path, text + "\n")
+
+
+def _graded(config: Config, policy: Policy) -> dict[str, float]:
     exam = make_exam(config, policy.tokenizer)
-    return {} if exam is None else take_exam(exam, policy, folder)
+    return {} if exam is None else take_exam(exam, policy)
 
 
 def _run(plan: RoundsConfig, number: int) -> dict[str, Any]:
     begun, folder, config = time.perf_counter(), folder_of(plan, number), round_config(plan, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_of_round = _settings(plan, number)
+    _write(folder / RESULT_FILE, settings_of_round, None)  # begun
     pairs = folder / PAIRS_FILE
     if plan.pairs and not pairs.exists():
         rows, settings = _pair_options(plan, number)
         model = policy_path(plan, number - 1)
         make_pairs(model, rows.pop("data"), pairs, settings, **rows)
-    finished = train(config, resume=folder.exists())["preference"]
+    finished = train(config, resume=True)["preference"]
     with pairs.open("rb") as lines:
         figures: dict[str, Any] = {"round": number, "pairs": sum(1 for _ in lines)}
     figures |= finished.metrics
@@ -256,9 +257,7 @@ def _run(plan: RoundsConfig, number: int) -> dict[str, Any]:
         graded = _graded(config, carried)
         figures |= {f"extrapolated/{name}": value for name, value in graded.items()}
     figures["seconds"] = round(time.perf_counter() - begun, 1)
-    result = {"settings": _settings(plan, number), "figures": figures}
-    path = folder / RESULT_FILE
-    replace_text(path, to_json(result, str(path), indent=1) + "\n")
+    _write(folder / RESULT_FILE, settings_of_round, figures)
     jax.clear_caches()
     return figures
 
@@ -268,8 +267,7 @@ def _extrapolated(plan: RoundsConfig, number: int, policy: Policy) -> Policy:
     config, mesh = round_config(plan, number), policy.model.mesh
     before = config.model
     if number > 1:
-        kept = dataclasses.replace(before, path=str(folder_of(plan, number - 1)))
-        before = kept
+        before = dataclasses.replace(before, path=str(folder_of(plan, number - 1)))
     with tempfile.TemporaryDirectory() as work:
         old = load_policy(before, mesh, seed=config.seed, work=Path(work))
     params = extrapolate(policy.params, old.params, plan.extrapolation)

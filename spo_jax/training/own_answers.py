@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Bool
-
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
 from spo_jax.data import TokenizedRows
 from spo_jax.parallel.processes import say
@@ -56,8 +53,7 @@ def without_heldout(own: Rows, heldout: TokenizedRows | None) -> Rows:
     """``own`` less the answers to held-out prompts, so that held-out figures stay so."""
     if heldout is None:
         return own
-    there = set(heldout.prompts())
-    kept: Bool[np.ndarray, "N"] = np.array([x not in there for x in own.train.prompts()], bool)
+    kept = own.train.apart_from(heldout)
     if not kept.any():
         raise ValueError(
             f"{OWN_ANSWERS}: all {len(kept)} right answers are to held-out prompts: nothing is "

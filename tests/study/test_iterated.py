@@ -188,6 +188,21 @@ def test_finished_rounds_are_kept_and_other_settings_named(done, capsys, monkeyp
     assert "round1 was run with other settings: outer.learning_rate: 0.001 -> 0.1" in said
 
 
+def test_what_is_begun_is_not_gone_on_with_otherwise(tmp_path, monkeypatch):
+    """Its pairs are of the settings it was begun with; the start is graded anew for others."""
+    graded = []
+    monkeypatch.setattr(iterated, "_graded", lambda config, policy: graded.append(1) or {})
+    monkeypatch.setattr(iterated, "train", lambda config, resume: 1 / 0)
+    path = written(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run_rounds(read_rounds(path))
+    assert len(graded) == 1
+    with pytest.raises(ValueError, match="round1 was run with other settings"):
+        run_rounds(read_rounds(path, {"run.train.steps": 3}))
+    assert len(graded) == 2
+
+
 @pytest.mark.long
 def test_a_round_that_stopped_goes_on_to_the_same_end(done, tmp_path):
     """Stopped behind its pairs and behind its training."""
