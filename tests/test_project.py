@@ -422,6 +422,7 @@ def test_what_is_written_as_json_is_strict():
         "checkpoints/atomic.py",  # to_json itself
         "checkpoints/frozen.py", "checkpoints/run_folder.py",  # integers, names
         "parallel/processes.py", "parallel/failures.py",  # read back by this program
+        "parallel/lease.py", "parallel/copies.py",  # names and counts, read back too
         "models/peft.py", "policies/kept_format.py", "training/pinned.py",  # settings
         "models/saving.py", "models/tensor_files.py", "policies/loading.py",  # a given config.json
         "evaluation/judge.py", "sampling/make_pairs/journal.py", "sampling/outputs.py",  # hashes

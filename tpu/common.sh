@@ -8,12 +8,16 @@ set -euo pipefail
 
 TPU=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SHARED=${SHARED:-/mnt/shared}
+STORE=${STORE:-}
+STORE=${STORE%/}
 WORKER_SH='bash spo-jax/tpu/worker.sh'
 
 die() {
   printf '%s: %s\n' "$(basename "$0")" "$1" >&2
   exit "${2:-2}"
 }
+
+[[ -z $STORE || $STORE == gs://?* ]] || die "STORE=$STORE: expected gs://BUCKET/PATH"
 
 case ${DRY_RUN:-0} in
   0) dry() { false; } ;;

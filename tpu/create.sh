@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Queue a TPU slice, wait for it, and set it up: shared folder, Python, spo_jax on every worker.
+# Queue a TPU slice, wait for it, and set it up: Python and spo_jax on every worker, and the folder
+# that they share, where one is mounted.
 # May be run again: what is there already is left alone, and the committed state is installed anew.
 #
-#   PROJECT=... ZONE=... NAME=... BUCKET=... tpu/create.sh
+#   PROJECT=... ZONE=... NAME=... STORE=gs://... tpu/create.sh      (or BUCKET=..., NFS=...)
 #
 # Everything comes from the environment; README.md beside this file has the table.
 # shellcheck source=common.sh
@@ -10,10 +11,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 [[ $# -eq 0 ]] || die "takes no arguments, got $*: everything comes from the environment"
 slice_arguments
-if [[ -z ${BUCKET:-} && -z ${NFS:-} ]]; then
-  die "set BUCKET (a Cloud Storage bucket, no gs://) or NFS (SERVER:/SHARE) for runs and data"
+if [[ -z ${STORE:-} && -z ${BUCKET:-} && -z ${NFS:-} ]]; then
+  die "set STORE (gs://BUCKET/PATH, nothing is mounted), or NFS (SERVER:/SHARE) or BUCKET (its name) \
+to be mounted, for runs and data"
 fi
 [[ -z ${BUCKET:-} || -z ${NFS:-} ]] || die "BUCKET and NFS are both set: which is to be mounted?"
+[[ -z ${STORE:-} || -z ${BUCKET:-}${NFS:-} ]] ||
+  die "STORE is set, and BUCKET or NFS too: runs lie in the store, or on what is mounted"
 [[ ${BUCKET:-} != gs://* ]] || die "BUCKET=$BUCKET: give the name alone, without gs://"
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
@@ -103,7 +107,7 @@ tar -xzf ~/spo-jax.tar.gz -C ~/spo-jax
 [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d ~/spo-venv ] || ~/.local/bin/uv venv --seed --python '$PYTHON' ~/spo-venv
 cd ~/spo-jax
-~/spo-venv/bin/pip install --quiet -e '.[tpu]'
+~/spo-venv/bin/pip install --quiet -e '.[tpu,buckets]'
 ~/spo-venv/bin/spo-jax train --help >/dev/null"
 }
 
@@ -111,6 +115,6 @@ cd "$TPU/.." || exit
 if dry; then state=; else state=$(slice_state); fi
 [[ -n $state ]] || queue
 wait_until_active
-if [[ -n ${NFS:-} ]]; then mount_nfs; else mount_bucket; fi
+if [[ -n ${NFS:-} ]]; then mount_nfs; elif [[ -n ${BUCKET:-} ]]; then mount_bucket; fi
 install
 say "$NAME is ready: tpu/launch.sh CONFIG"

@@ -9,13 +9,13 @@ SHARED=${SHARED:-/mnt/shared}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
 
 # Compiled programs, kept over restarts: after a pre-emption the step is not compiled again. On the
-# shared folder, as every worker compiles the same program and a new slice has empty disks.
-# JAX documentation, "Persistent compilation cache": a network file system for several hosts.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$SHARED/cache/jax}
+# shared folder or in the store, as every worker compiles the same program and a new slice has empty
+# disks. JAX documentation, "Persistent compilation cache": a network file system or gs:// for several.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${STORE:-$SHARED}/cache/jax}
 
-# spo_jax keeps reference log-probs in the user's cache unless reference.cache_dir says otherwise.
-# They have to be the same files for all workers, and to survive the slice.
-export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$SHARED/cache}
+# spo_jax keeps reference log-probs in the user's cache unless reference.cache_dir says otherwise. On
+# what is mounted they survive the slice; without a mount a new slice computes them again.
+[[ -n ${STORE:-} ]] || export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$SHARED/cache}
 
 # What the hub client downloads: on each worker's own disk. On a network file system its many small
 # files and file locks are slow. Hugging Face Hub documentation, "Environment variables".

@@ -9,15 +9,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 CONFIG=$1
 shift
 slice_arguments
-OUTPUT_DIR=${OUTPUT_DIR:-$SHARED/runs/$(basename "$CONFIG" .yaml)}
-# Checkpoints and the cache of reference log-probs have to be the same files for every worker.
-[[ $OUTPUT_DIR == "$SHARED"/* ]] ||
-  die "OUTPUT_DIR=$OUTPUT_DIR: name a folder that every worker sees, under $SHARED"
+OUTPUT_DIR=${OUTPUT_DIR:-${STORE:-$SHARED}/runs/$(basename "$CONFIG" .yaml)}
+# Checkpoints have to be the same files for every worker.
+[[ $OUTPUT_DIR == "$SHARED"/* || $OUTPUT_DIR == gs://* ]] ||
+  die "OUTPUT_DIR=$OUTPUT_DIR: name a folder that every worker sees, under $SHARED, or gs://..."
 for word in "$@"; do
   [[ $word != --output[-_]dir* ]] || die "$word: set OUTPUT_DIR=FOLDER instead"
 done
 
-here=$(quoted env "SHARED=$SHARED")
+here=$(quoted env "SHARED=$SHARED" "STORE=$STORE")
 command=$(quoted train "$CONFIG" --distributed --output-dir "$OUTPUT_DIR" "$@")
 # First on all: a run that starts on some workers only would wait for the others until it times out.
 on_workers all "$here $WORKER_SH ready $(quoted "$CONFIG")"

@@ -12,6 +12,7 @@ set -euo pipefail
 
 TPU=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SHARED=${SHARED:-/mnt/shared}
+STORE=${STORE:-}
 SPO_JAX=${SPO_JAX:-$HOME/spo-venv/bin/spo-jax}
 STATE=${STATE:-$HOME/spo-jax-run}
 
@@ -43,7 +44,7 @@ ready() {
   if alive; then
     die "a run is going on here already ($(<"$STATE/pid")): stop it first (tpu/stop.sh)"
   fi
-  mountpoint -q "$SHARED" || die "$SHARED is not mounted: run tpu/create.sh again"
+  [[ -n $STORE ]] || mountpoint -q "$SHARED" || die "$SHARED is not mounted: run tpu/create.sh again"
   cd "$TPU/.."
   [[ -f $1 ]] || die "no configuration $1 here: tpu/create.sh copies what is committed; or name \
 one under $SHARED"

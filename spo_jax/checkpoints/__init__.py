@@ -7,8 +7,14 @@ its arrays, so that one which was damaged later is known, named and passed over.
 """
 
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint
-from spo_jax.checkpoints.frozen import REFERENCE, load_reference, save_reference
-from spo_jax.checkpoints.reading import STEPS, CheckpointReader
+from spo_jax.checkpoints.frozen import (
+    REFERENCE,
+    has_reference,
+    load_reference,
+    remove_reference,
+    save_reference,
+)
+from spo_jax.checkpoints.reading import STEPS, CheckpointReader, saved_steps
 from spo_jax.checkpoints.writing import Checkpoints, tree_bytes
 
 __all__ = [
@@ -18,7 +24,10 @@ __all__ = [
     "CheckpointReader",
     "Checkpoints",
     "DamagedCheckpoint",
+    "has_reference",
     "load_reference",
+    "remove_reference",
     "save_reference",
+    "saved_steps",
     "tree_bytes",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,8 @@ import orbax.checkpoint as ocp
 
 from spo_jax.checkpoints.checksums import checksums, not_finite, path_name
 from spo_jax.checkpoints.errors import CheckpointError, DamagedCheckpoint, reason_of
-from spo_jax.parallel.processes import by_first, gathered, is_first
+from spo_jax.parallel.copies import is_committed, place_of
+from spo_jax.parallel.processes import by_first, gathered, say
 from spo_jax.types import Params
 
 Found = TypeVar("Found")
@@ -69,6 +69,14 @@ def described_leaves(tree: Any) -> dict[str, list[Any]]:
     return {name: [*leaves[name], *pair] for name, pair in checksums(tree).items()}
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The complete steps that the run in ``folder`` keeps, in no order."""
+    place = place_of(Path(folder).absolute() / STEPS)
+    if not place.is_dir():
+        return []
+    return [int(p.name) for p in place.iterdir() if p.name.isdigit() and is_committed(p)]
+
+
 class CheckpointReader:
     """The checkpoints of one run folder, read only: a run may be going on in it.
 
@@ -77,16 +85,14 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
-        self.steps_folder = self.folder / STEPS
+        self.steps_folder = place_of(self.folder / STEPS)
 
     def steps(self) -> list[int]:
         """The complete steps that are kept, in order."""
         return by_first(lambda: sorted(self._listed()))
 
     def _listed(self) -> list[int]:
-        if not self.steps_folder.is_dir():
-            return []
-        return [int(p.name) for p in self.steps_folder.iterdir() if p.name.isdigit()]
+        return saved_steps(self.folder)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -165,8 +171,7 @@ class CheckpointReader:
         )
 
     def _pass_over(self, step: int, damage: DamagedCheckpoint) -> None:
-        if is_first():
-            print(f"WARNING {damage}. The one before is used", file=sys.stderr, flush=True)
+        say(f"WARNING {damage}. The one before is used")
 
     def _json(self, step: int, item: str) -> dict[str, Any]:
         file = self.steps_folder / str(step) / item / "metadata"
@@ -182,7 +187,7 @@ class CheckpointReader:
         found = by_first(read)
         if "error" in found:
             raise DamagedCheckpoint(
-                f"checkpoint {step} in {self.folder} is damaged: {file.relative_to(self.folder)}: "
+                f"checkpoint {step} in {self.folder} is damaged: {STEPS}/{step}/{item}/metadata: "
                 f"{found['error']}"
             )
         return found["value"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import errno
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +18,11 @@ import filelock
 import jax
 
 from spo_jax.checkpoints.atomic import replace_text
-from spo_jax.parallel.processes import DistributedError, by_first, gathered, say
+from spo_jax.parallel.copies import local_path
+from spo_jax.parallel.lease import Lease, LeaseHeld
+from spo_jax.parallel.mirror import Mirror
+from spo_jax.parallel.processes import DistributedError, by_first, gathered, is_first, say
+from spo_jax.parallel.stores import DIRECT, Store, scheme_of
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".owner.json"
@@ -55,10 +62,7 @@ class RunLock:
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise RunLocked(
-                f"a run goes on in {self.folder} already{self._owner()}: wait for it, stop it, or "
-                "choose another folder with --output-dir"
-            ) from None
+            raise RunLocked(_locked(self.folder, self._owner())) from None
         except OSError as error:
             if error.errno != errno.ENOSYS:
                 raise
@@ -82,6 +86,73 @@ class RunLock:
     ) -> None:
         # No waiting for the others here: they may be what failed.
         self._lock.release()
+
+
+_OPEN: set[str] = set()
+"""URLs of the runs that go on in this process."""
+
+
+@contextlib.contextmanager
+def run_folder(where: str) -> Iterator[Path]:
+    """The folder of the run at ``where``, a path or a URL of a bucket, and nobody else's meanwhile.
+
+    Of a bucket it is a local copy, which is sent there as the run goes on. Opened inside itself
+    it is the same folder.
+
+    Raises:
+        RunLocked: a second run there.
+        ValueError: a store that several processes cannot write to.
+        BucketError: the store does not answer, or not to us.
+    """
+    with bucket_folder(where):
+        if scheme_of(where) is not None:
+            yield local_path(where)
+            return
+        with RunLock(Path(where)):
+            yield Path(where)
+
+
+@contextlib.contextmanager
+def bucket_folder(where: str) -> Iterator[None]:
+    """Keep the run at ``where`` open, where that is in a bucket; nothing of a path.
+
+    What is written to its folder inside reaches the bucket at the latest at the end.
+    """
+    url = None if scheme_of(where) is None else Store(where).url
+    if url is None or url in _OPEN:
+        yield
+        return
+    store = Store(url)
+    if store.scheme not in DIRECT and jax.process_count() > 1:
+        raise ValueError(
+            f"output_dir={where}: checkpoints of several processes are written to gs:// or to a "
+            "folder that every host mounts, not to s3://"
+        )
+    lease = Lease(store) if is_first() else None
+
+    def take() -> None:
+        try:
+            lease.take(say)
+        except LeaseHeld as held:
+            raise RunLocked(_locked(url, f" ({held})")) from None
+
+    by_first(take)
+    mirror = Mirror(url, lease)
+    atexit.register(mirror.remove)
+    _OPEN.add(url)
+    try:
+        mirror.start()
+        yield
+    finally:
+        _OPEN.discard(url)
+        mirror.stop()
+
+
+def _locked(folder: str | Path, owner: str) -> str:
+    return (
+        f"a run goes on in {folder} already{owner}: wait for it, stop it, or choose another folder "
+        "with --output-dir"
+    )
 
 
 def check_shared(folder: Path, *, patience: float = _PATIENCE) -> None:

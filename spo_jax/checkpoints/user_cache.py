@@ -13,6 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from spo_jax.parallel.processes import say
+from spo_jax.parallel.stores import scheme_of
 
 MOST_BYTES = 4 * 2**30
 """What compiled programs may take in the user's cache; the oldest go first."""
@@ -27,17 +28,21 @@ def default_cache_dir() -> Path:
 def keep_compiled(where: bool | str = True) -> Path | None:
     """Have compiled programs kept, and read those kept before; the folder, if there is one.
 
-    ``where`` is a folder; or ``True``: as JAX was told (``JAX_COMPILATION_CACHE_DIR``,
-    ``JAX_ENABLE_COMPILATION_CACHE``), else a folder of this machine in the user's cache. JAX's own
-    key holds program, versions, flags and devices; the folder's name adds the processor, since a
-    home folder may be shared by unlike ones. A folder that cannot be written is said, and none.
+    ``where`` is a folder or a URL of a bucket; or ``True``: as JAX was told
+    (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``), else a folder of this machine
+    in the user's cache. JAX's own key holds program, versions, flags and devices; the folder's name
+    adds the processor, since a home folder may be shared by unlike ones. A folder that cannot be
+    written is said, and none.
     """
     if where is False:
         _use(None)
         return None
+    if isinstance(where, str) and scheme_of(where) is not None:
+        _use(where)  # JAX reads and writes it
+        return None
     told = jax.config.jax_compilation_cache_dir
     if where is True and (told or not jax.config.jax_enable_compilation_cache):
-        return Path(told) if told else None
+        return Path(told) if told and scheme_of(told) is None else None
     folder = default_cache_dir() / "compiled" / _machine() if where is True else Path(where)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -54,7 +59,7 @@ def keep_compiled(where: bool | str = True) -> Path | None:
     return folder
 
 
-def _use(folder: Path | None) -> None:
+def _use(folder: Path | str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder and str(folder))
     if folder is not None:
         jax.config.update("jax_enable_compilation_cache", True)

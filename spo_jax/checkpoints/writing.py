@@ -18,7 +18,9 @@ from spo_jax.checkpoints.reading import (
     described_leaves,
     shorten,
 )
+from spo_jax.parallel.copies import place_of, rename
 from spo_jax.parallel.processes import by_first
+from spo_jax.parallel.stores import scheme_of
 
 
 def tree_bytes(tree: Any) -> int:
@@ -69,7 +71,11 @@ class Checkpoints(CheckpointReader):
                 is not a number, which no checkpoint may hold.
         """
         self.wait()
-        if step in self.steps():
+        try:
+            saved = self.steps()
+        except OSError as error:  # a bucket that does not answer
+            raise self._explained(error, step) from error
+        if step in saved:
             return
         self._check_space(step, tree_bytes(state))
         broken = broken_weights(state)
@@ -101,6 +107,9 @@ class Checkpoints(CheckpointReader):
             raise self._explained(error, None) from error
 
     def _check_space(self, step: int, needed: int) -> None:
+        if scheme_of(self.steps_folder) is not None:
+            return
+
         def check() -> None:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
@@ -131,11 +140,10 @@ class Checkpoints(CheckpointReader):
         super()._pass_over(step, damage)
 
         def move() -> None:
-            target = self.folder / DAMAGED / str(step)
+            target = place_of(self.folder / DAMAGED / str(step))
             if target.exists():
-                shutil.rmtree(target)
-            target.parent.mkdir(exist_ok=True)
-            (self.steps_folder / str(step)).rename(target)
+                target.rmtree()
+            rename(self.steps_folder / str(step), target)
 
         by_first(move)
         self._manager.reload()

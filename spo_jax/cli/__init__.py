@@ -79,13 +79,15 @@ def _is_ours(error: BaseException) -> bool:
 
 def _fail(error: BaseException) -> int:
     """Say what went wrong; one process of several tells the others, and waits for none."""
+    from spo_jax.parallel.copies import named
     from spo_jax.parallel.failures import joined
 
     _, number, count = joined()
     where = f" (process {number} of {count})" if count > 1 else ""
-    print(f"spo-jax: error{where}: {error}", file=sys.stderr, flush=True)
+    text = named(f"{error}")
+    print(f"spo-jax: error{where}: {text}", file=sys.stderr, flush=True)
     status = getattr(error, "exit_status", 2)
-    _leave_others(f"{error}", status)
+    _leave_others(text, status)
     return status
 
 

@@ -71,7 +71,9 @@ def _export(options: argparse.Namespace) -> int:
     from spo_jax.training.export import export_adapters, export_run
 
     export = export_adapters if options.adapter else export_run
-    print(export(options.run, options.out, step=options.step, dtype=options.dtype))
+    from spo_jax.parallel.copies import named
+
+    print(named(export(options.run, options.out, step=options.step, dtype=options.dtype)))
     return 0
 
 

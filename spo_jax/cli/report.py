@@ -25,7 +25,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from spo_jax.parallel.copies import local_path
+    from spo_jax.parallel.stores import check_local, scheme_of
     from spo_jax.report import make_report
 
-    print(make_report(options.runs, options.out, labels=options.label))
+    check_local("--out", options.out)
+    if options.out is None and scheme_of(options.runs[0]) is not None:
+        raise ValueError(f"{options.runs[0]} is in a bucket: name a local file with --out")
+    runs = [local_path(run) for run in options.runs]
+    print(make_report(runs, options.out, labels=options.label))
     return 0

@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.help:
         return options.show_help()
     from spo_jax.config.parsing import ConfigError
-    from spo_jax.training.stopping import Stopped
+    from spo_jax.parallel.stores import scheme_of
 
     if options.config is None or options.config.startswith("-"):
         raise ConfigError(f"name a configuration: spo-jax {options.command} CONFIG (see --help)")
@@ -133,10 +133,17 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError("--allow-changes would be ignored: it goes with --resume")
     join_processes(options)
     if options.command == "dynamics":
+        if scheme_of(options.config) is not None:
+            raise ConfigError(
+                f"{options.config}: the checkpoints of a run are probed on a local disk, where the "
+                "probings are written too: copy it, or probe while training (dynamics.every)"
+            )
         if Path(options.config).is_dir():
             return _probe(options, overrides)
         from spo_jax.training.revisit import probed_config as load_config
     else:
+        if scheme_of(options.config) is not None:
+            raise ConfigError(f"{options.config}: a configuration is a local file; copy it here")
         from spo_jax.config.validation import load_config
     config = load_config(options.config, read_overrides(overrides))
     say_shipped(options.config, several=True)
@@ -149,9 +156,18 @@ def _train(options: argparse.Namespace) -> int:
             )
         only = "sft"
 
+    from spo_jax.checkpoints.run_folder import bucket_folder
+
+    with bucket_folder(config.output_dir):
+        return _train_and_show(options, config, only)
+
+
+def _train_and_show(options: argparse.Namespace, config: Any, only: str | None) -> int:
+    from spo_jax.parallel.copies import named
     from spo_jax.parallel.processes import is_first, say
     from spo_jax.training.resuming import write_results
     from spo_jax.training.run import train
+    from spo_jax.training.stopping import Stopped
 
     try:
         results = train(
@@ -169,7 +185,7 @@ def _train(options: argparse.Namespace) -> int:
     broken = write_results(config, table)
     print(format_table(table, _title(config)))
     for result in results.values():
-        print(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/")
+        print(named(f"{result.folder}: metrics.jsonl, tensorboard/, checkpoints/"))
     if broken:
         raise ValueError(
             f"{', '.join(broken)}: no number (NaN or infinite), null in results.json. The run is "
@@ -178,7 +194,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.command == "dynamics":
         return _probed([r.folder / "dynamics.jsonl" for r in results.values()], config.output_dir)
     last = results.get("preference") or list(results.values())[-1]
-    print(f"Next: spo-jax export {last.folder} OUT")
+    print(named(f"Next: spo-jax export {last.folder} OUT"))
     return 0
 
 

@@ -11,9 +11,11 @@ def check_writable(flag: str, path: str | Path | None, *, makes_folder: bool = F
     ``None`` is no file. With ``makes_folder`` the command makes the folder it lies in.
     """
     from spo_jax.config.parsing import ConfigError
+    from spo_jax.parallel.stores import check_local
 
     if path is None:
         return
+    check_local(flag, path)
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{flag} {path}: this is a folder; name a file in it")

@@ -315,7 +315,7 @@ class MeshConfig:
 class Config:
     """A whole run."""
 
-    output_dir: str = _key("runs/run", "folder of the run")
+    output_dir: str = _key("runs/run", "folder of the run, or gs://..., s3://...")
     seed: int = _key(0, "of initialization, data order and sampling")
     date: str | None = _key(
         None, "YYYY-MM-DD that chat templates are told (default: the day the run begins)"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from spo_jax.data.badrow import BadRow, shown
 from spo_jax.data.messages import MARK, REASONING_KEYS, Message
+from spo_jax.parallel.copies import local_path
 
 _PLAIN_LABELS = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
 _QUESTION, _ANSWER = "Qzxquestion", "Qzxanswer"
@@ -173,7 +173,7 @@ def template_text(template: str) -> str:
     """The Jinja text that ``template`` is, or that the file of that name holds."""
     if "{{" in template or "{%" in template:
         return template
-    path = Path(template).expanduser()
+    path = local_path(template).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"chat template {template!r} is neither Jinja text nor a file")
     return path.read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spo_jax.data.badrow import shown
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import say
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
@@ -88,7 +89,7 @@ def load_records(
     Raises ``FileNotFoundError`` for a missing path (with the nearest name) or split, and
     ``ConnectionError`` or ``ValueError`` for a hub name that cannot be loaded.
     """
-    text, path = str(path_or_name), Path(path_or_name).expanduser()
+    text, path = str(path_or_name), local_path(path_or_name).expanduser()
     if streaming and path.exists():
         raise ValueError(f"{path} is here, and streaming is of hub data sets: leave streaming out")
     if path.is_file():

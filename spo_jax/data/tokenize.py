@@ -11,6 +11,8 @@ from spo_jax.data.formats import TextRows
 from spo_jax.data.layouts import TextRow
 from spo_jax.data.pieces import make_piece_encoder
 from spo_jax.data.token_rows import TokenizedRows, TokenReport, join_chunks
+from spo_jax.parallel.copies import local_path
+from spo_jax.parallel.stores import scheme_of
 
 CHUNK = 512
 """Rows that are tokenised at once."""
@@ -23,7 +25,7 @@ def load_tokenizer(path_or_name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    name = str(path_or_name)
+    name = str(path_or_name if scheme_of(path_or_name) is None else local_path(path_or_name))
     if name.startswith(("/", ".", "~")):
         name = str(Path(name).expanduser())
         if not Path(name).is_dir():

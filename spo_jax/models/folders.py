@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import say
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -57,7 +58,7 @@ def resolve_without_weights(name_or_path: str | os.PathLike) -> Path:
 
 
 def _resolve(name_or_path: str | os.PathLike, patterns: list[str]) -> Path:
-    folder = Path(name_or_path).expanduser()
+    folder = local_path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     name = str(name_or_path)

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spo_jax.parallel.copies import named
 from spo_jax.parallel.failures import watch
 
 Value = TypeVar("Value")
@@ -116,7 +117,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """A line of news, from one process of a run."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(named(text), file=sys.stderr, flush=True)
 
 
 def by_first(make: Callable[[], Value]) -> Value:
@@ -126,11 +127,14 @@ def by_first(make: Callable[[], Value]) -> Value:
     in the first one, ``FirstProcessError`` with its text in the others.
     """
     if jax.process_count() == 1:
-        return make()
+        value = make()
+        _send_all()
+        return value
     error, answer = None, {"value": None}
     if is_first():
         try:
             answer["value"] = make()
+            _send_all()
         except Exception as raised:
             error = raised
             answer = {"error": f"{raised}"}
@@ -139,7 +143,29 @@ def by_first(make: Callable[[], Value]) -> Value:
         raise error
     if "error" in answer:
         raise FirstProcessError(answer["error"])
+    if not is_first():
+        for _, fetch in _IN_STEP:
+            fetch()
     return answer["value"]
+
+
+_IN_STEP: list[tuple[Callable[[], None], Callable[[], None]]] = []
+
+
+def keep_in_step(send: Callable[[], None], fetch: Callable[[], None]) -> None:
+    """Folders that are not one for all: after each ``by_first`` the first process sends what it
+    wrote, and then the others fetch it."""
+    _IN_STEP.append((send, fetch))
+
+
+def out_of_step(send: Callable[[], None]) -> None:
+    """The end of ``keep_in_step``."""
+    _IN_STEP[:] = [pair for pair in _IN_STEP if pair[0] != send]
+
+
+def _send_all() -> None:
+    for send, _ in _IN_STEP:
+        send()
 
 
 def _broadcast(value: Any) -> Any:

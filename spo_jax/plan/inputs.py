@@ -14,6 +14,7 @@ from spo_jax.data import load_records, load_tokenizer
 from spo_jax.data.formats import begin
 from spo_jax.data.layouts import LAYOUTS
 from spo_jax.models import load_hf_config
+from spo_jax.parallel.copies import local_path
 from spo_jax.policies.loading import MODEL_FOLDER, find_run
 from spo_jax.policies.pair_scores import number_displacing
 from spo_jax.tasks import arithmetic
@@ -40,7 +41,7 @@ def find_architecture(config: Config, file: str | Path | None = None) -> dict[st
             return dict(model.init)
         return {"vocab_size": _vocabulary(model.tokenizer), **model.init}
     run = find_run(model.path)
-    folder = run / MODEL_FOLDER if run else Path(model.path).expanduser()
+    folder = run / MODEL_FOLDER if run else local_path(model.path).expanduser()
     if folder.is_dir():
         return load_hf_config(folder)
     return _from_hub(model.path)
@@ -94,7 +95,7 @@ def count_rows(data: DataConfig, kind: str = "preference") -> int | None:
             return None
         weighed = zip(counts, data.mix, strict=True)
         return sum(max(1, round(part.weight * count)) for count, part in weighed)
-    path = Path(data.train or "").expanduser()
+    path = local_path(data.train or "").expanduser()
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         return None
     count = sum(1 for _ in load_records(path))

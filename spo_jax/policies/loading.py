@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints import CheckpointReader, load_reference
+from spo_jax.checkpoints import CheckpointReader, load_reference, saved_steps
 from spo_jax.checkpoints.atomic import replace_bytes, replace_text
 from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import BUILTIN_TASK, ModelConfig
@@ -29,8 +29,10 @@ from spo_jax.models import (
 from spo_jax.models.folders import files_to_carry, read_object, resolve_without_weights
 from spo_jax.objective.levels import LogprobsFn, make_logprobs_fn
 from spo_jax.objective.logprobs import rows_in_flight
+from spo_jax.parallel.copies import local_path, named
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes, tree_shardings
 from spo_jax.parallel.processes import by_first, say
+from spo_jax.parallel.stores import scheme_of
 from spo_jax.policies.adapters import (
     find_adapters,
     merged_params,
@@ -73,13 +75,14 @@ class Outline(NamedTuple):
 
 def is_run(path: str | Path) -> bool:
     """Whether ``path`` is the folder of a run of one stage, with something saved."""
-    steps = (Path(path) / "checkpoints").glob("*")
-    return any(step.name.isdigit() for step in steps) and (Path(path) / MODEL_FOLDER).is_dir()
+    path = local_path(path)
+    return (path / MODEL_FOLDER).is_dir() and bool(saved_steps(path))
 
 
 def find_run(path: str | Path) -> Path | None:
     """The run at ``path``, or inside a run of several stages its preference (else SFT) stage."""
-    for folder in (Path(path), Path(path) / "preference", Path(path) / "sft"):
+    path = local_path(path)
+    for folder in (path, path / "preference", path / "sft"):
         if is_run(folder):
             return folder
     return None
@@ -162,10 +165,16 @@ def _find(config: ModelConfig, resolve: Callable[[str], Path]) -> tuple[str | No
     if config.init is not None:
         return None, None
     # By the first process first: what it downloads, the others of its host find there.
-    run = by_first(lambda: _text(find_run(config.path)))
+    run = _run_at(config.path)
     if run is None:
         by_first(lambda: _text(resolve(config.path)))
     return run, Path(run) / MODEL_FOLDER if run else resolve(config.path)
+
+
+def _run_at(path: str) -> str | None:
+    """``find_run`` for all processes, each on its own host where the run lies in a bucket."""
+    run = by_first(lambda: _text(find_run(path)))
+    return run if scheme_of(path) is None else _text(find_run(path))
 
 
 def _outline(
@@ -220,7 +229,7 @@ def reference_of_run(run: Path, model: Model, mesh: Mesh) -> Params:
 
 def _read(path: str, model: Model, mesh: Mesh) -> Params:
     """The parameters of the run, folder or hub name ``path``, as ``model`` has them."""
-    run = by_first(lambda: _text(find_run(path)))
+    run = _run_at(path)
     if run is not None:
         return params_of_run(Path(run), model, mesh)
     folder = by_first(lambda: _text(resolve_model_folder(path)))
@@ -311,10 +320,10 @@ def _carry(source: Path, target: Path, *, tokenizer: bool) -> None:
 def _checksums(source: Path | None, tokenizer: str | None) -> dict[str, str]:
     """Of the files that a run's model folder is made of, by their paths."""
     folders = [] if source is None else [(source, tokenizer is None)]
-    if tokenizer is not None and Path(tokenizer).expanduser().is_dir():
-        folders.append((Path(tokenizer).expanduser(), True))
+    if tokenizer is not None and local_path(tokenizer).expanduser().is_dir():
+        folders.append((local_path(tokenizer).expanduser(), True))
     return {
-        str(folder / name): hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        named(str(folder / name)): hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for folder, whole in folders
         for name in files_to_carry(folder, tokenizer=whole)
     }

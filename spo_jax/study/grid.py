@@ -21,6 +21,7 @@ from spo_jax.config.parsing import (
 )
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.config.validation import checked_config, unused_sections
+from spo_jax.parallel.stores import check_local
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.sampling.make_pairs import PairSettings
 
@@ -111,6 +112,7 @@ def read_over_base(
     """
     path = find_config(path)
     tree = read_tree(path)
+    check_local("output_dir", tree.get("output_dir"))
     run = dict(tree.get("run") or {})
     base = run.pop("base", None)
     if base is not None:

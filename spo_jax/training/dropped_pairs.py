@@ -11,6 +11,7 @@ import numpy as np
 
 from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.config.schema import Config
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.loading import Policy, is_run
 from spo_jax.policies.pair_scores import most_displacing, number_displacing, score_pairs
@@ -31,7 +32,7 @@ def without_displacing(config: Config, policy: Policy, rows: Rows, *, resume: bo
     Raises:
         ValueError: the share is less than a pair, or no policy is there to score with.
     """
-    path, share = Path(config.output_dir) / DROPPED_FILE, config.data.drop_displacing
+    path, share = local_path(config.output_dir) / DROPPED_FILE, config.data.drop_displacing
     facts = {"share": share, "pairs": len(rows.train), "rows": rows.train.fingerprint()}
     found = by_first(lambda: _kept(config, path, facts) if resume else None)
     news = "as when the run began"
@@ -67,7 +68,7 @@ def _choose(config: Config, policy: Policy, rows: Rows, facts: dict[str, Any]) -
         )
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(policy.params)):
         raise ValueError(
-            f"{Path(config.output_dir) / DROPPED_FILE} is of other pairs or another share than "
+            f"{path} is of other pairs or another share than "
             f"data.drop_displacing={share}: probe with the data and the share of the run"
         )
     size = config.train.eval_batch_size or config.train.batch_size

@@ -10,6 +10,7 @@ from spo_jax.models import load_hf_config, load_model, save_pretrained
 from spo_jax.models.families import family_of
 from spo_jax.models.peft import save_adapters
 from spo_jax.parallel.mesh import make_mesh
+from spo_jax.parallel.stores import check_local
 from spo_jax.policies.adapters import find_adapters, read_adapters
 from spo_jax.policies.loading import MODEL_FOLDER, execution, find_run, params_of_run
 from spo_jax.training.model_card import model_card
@@ -69,6 +70,7 @@ def export_adapters(
 
 def _folder(run: str | Path, out: str | Path) -> Path:
     """The stage's folder that ``run`` names; ``out`` must not be there."""
+    check_local("OUT", out)
     folder = find_run(run)
     if folder is None:
         raise FileNotFoundError(

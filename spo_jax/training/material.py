@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from spo_jax.checkpoints import REFERENCE, load_reference, save_reference
+from spo_jax.checkpoints import (
+    has_reference,
+    load_reference,
+    remove_reference,
+    save_reference,
+)
 from spo_jax.config.choices import rows_kind
 from spo_jax.config.moving_reference import computed_ahead
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig, LoopConfig
@@ -21,6 +25,7 @@ from spo_jax.dynamics.row_choice import make_probe_set
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import Model, split
 from spo_jax.objective.logprobs import rows_in_flight
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.mesh import batch_shards, sharded_shapes
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.limits import check_rows
@@ -60,7 +65,7 @@ def rows_of_stage(
         if section not in read:
             data = own_answers(config) if section == OWN_ANSWERS else getattr(config, section)
             if data.train == BUILTIN_TASK:
-                root = Path(config.output_dir)
+                root = local_path(config.output_dir)
                 data = builtin_data(config, section, policy, root, resume=resume)
             found = rows_of_section(config, section, data, policy)
             if section == "data" and data.drop_displacing is not None:
@@ -135,11 +140,10 @@ def keep_reference(
 
 def _has_reference(folder: Path, *, resume: bool) -> bool:
     """Whether the run that is resumed has its reference; one of another attempt is removed."""
-    saved = folder / REFERENCE
-    if saved.exists() and not (resume and is_run(folder)):
+    if not (resume and is_run(folder)):
         # Left by an attempt that never saved a step, maybe with another model.
-        shutil.rmtree(saved)
-    return saved.exists()
+        remove_reference(folder)
+    return has_reference(folder)
 
 
 class Frozen(NamedTuple):

@@ -17,6 +17,7 @@ from spo_jax import __version__
 from spo_jax.config.choices import loss_function
 from spo_jax.config.parsing import Dumper, read_tree
 from spo_jax.config.schema import BUILTIN_TASK
+from spo_jax.parallel.copies import local_path
 from spo_jax.policies.loading import find_run
 from spo_jax.training.pinned import INPUTS
 from spo_jax.training.starts import read_starts
@@ -72,7 +73,7 @@ def base_of(run: Path) -> Base:
         path = (read_tree(before / "config.yaml").get("model") or {}).get("path")
     if path is None:
         return Base()
-    folder = Path(path).expanduser()
+    folder = local_path(path).expanduser()
     on_hub = not folder.is_dir() and _HUB_NAME.fullmatch(path) is not None
     card = _card_on_hub(path) if on_hub else folder / CARD_FILE
     return Base(path if on_hub else folder.name, on_hub, _license(card))

@@ -6,10 +6,9 @@ right answers are on all prompts, and need no solutions beyond those that graded
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
 from spo_jax.data import TokenizedRows
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import say
 from spo_jax.policies.rows import Rows
 from spo_jax.sampling.builtin import PAIRS_FILE
@@ -33,7 +32,11 @@ def own_answers(config: Config) -> DataConfig:
     """
     data = config.data
     builtin = data.train == BUILTIN_TASK
-    pairs = Path(config.output_dir) / PAIRS_FILE if builtin else Path(data.train).expanduser()
+    pairs = (
+        local_path(config.output_dir) / PAIRS_FILE
+        if builtin
+        else local_path(data.train).expanduser()
+    )
     path = right_path(pairs)
     if not path.is_file():
         raise FileNotFoundError(

@@ -20,6 +20,7 @@ from spo_jax.config.parsing import read_tree
 from spo_jax.config.schema import BUILTIN_TASK, Config
 from spo_jax.data import load_records
 from spo_jax.data.chat import template_text
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import by_first, say
 from spo_jax.policies.loading import is_run
 from spo_jax.training.own_answers import OWN_ANSWERS, own_answers
@@ -70,7 +71,7 @@ def _template(name: str, value: str | None, saved: Mapping[str, Any], *, keep: b
         return None
     is_file = "{{" not in value and "{%" not in value
     if is_file and keep and before is not None:
-        if not Path(value).expanduser().is_file():
+        if not local_path(value).expanduser().is_file():
             say(f"{name}.chat_template: {value} is gone: the run goes on with what it held")
         elif template_text(value) != before:
             say(
@@ -124,7 +125,7 @@ def _inputs(config: Config, name: str) -> dict[str, dict[str, str]]:
             *((place, own.train, own.train_split, own.subset) for place, own in trained),
             ("eval", data.eval, data.eval_split, data.subset),
         ):
-            local = None if path in (None, BUILTIN_TASK) else Path(path).expanduser()
+            local = None if path in (None, BUILTIN_TASK) else local_path(path).expanduser()
             if local is None or not local.exists():
                 continue
             records = load_records(local, split=split, subset=subset)

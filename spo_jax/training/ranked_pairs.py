@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from spo_jax.checkpoints.atomic import write_rows
-from spo_jax.checkpoints.run_folder import RunLock, check_shared
+from spo_jax.checkpoints.run_folder import check_shared, run_folder
 from spo_jax.config.mixtures import data_sets
 from spo_jax.config.parsing import ConfigError
 from spo_jax.config.schema import BUILTIN_TASK, Config, ModelConfig
 from spo_jax.data import TokenizedRows, load_records
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import by_first, is_first
 from spo_jax.policies.kept_format import keep_stop_ids
@@ -49,10 +50,10 @@ def rank_pairs(config: Config, *, out: str | Path | None = None, show: int = 10)
         FileNotFoundError: the SFT stage has not been trained yet.
         RunLocked: a run goes on in the folder.
     """
-    root, model = Path(config.output_dir), _starting_model(config)
+    model = _starting_model(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    path = root / SCORES_FILE if out is None else Path(out)
-    with RunLock(root), _scratch(root / _WORK) as work:
+    with run_folder(config.output_dir) as root, _scratch(root / _WORK) as work:
+        path = root / SCORES_FILE if out is None else Path(out)
         check_shared(root)
         folders = [stage_folder(config, name) for name in config.stages]
         config = pin(config, folders, resume=True, allow_changes=False)
@@ -130,7 +131,9 @@ def _places(config: Config, rows: TokenizedRows) -> Iterator[tuple[int, tuple[st
     counts = (None,) if rows.mixture is None else rows.mixture.records
     streams = []
     for (_, _, data), count in zip(data_sets(config.data), counts, strict=True):
-        train = data.train if data.train != BUILTIN_TASK else Path(config.output_dir) / PAIRS_FILE
+        train = (
+            data.train if data.train != BUILTIN_TASK else local_path(config.output_dir) / PAIRS_FILE
+        )
         records = load_records(
             train, split=data.train_split, subset=data.subset, streaming=data.streaming
         )

@@ -16,7 +16,9 @@ from spo_jax.config.parsing import config_to_yaml, read_tree
 from spo_jax.config.schema import Config
 from spo_jax.config.validation import unused_sections
 from spo_jax.data import load_tokenizer
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import say
+from spo_jax.parallel.stores import check_local, scheme_of
 from spo_jax.policies.kept_format import keep_stop_ids, keep_template
 from spo_jax.policies.loading import MODEL_FOLDER, is_run
 from spo_jax.training.batches import Batches
@@ -33,8 +35,15 @@ class RunExists(FileExistsError):
 
 def stage_folder(config: Config, name: str) -> Path:
     """A run of one stage is its folder; several stages have a folder each inside."""
-    root = Path(config.output_dir)
+    root = local_path(config.output_dir)
     return root if len(config.stages) == 1 else root / name
+
+
+def check_places(config: Config) -> None:
+    """Raise ``ValueError`` for what cannot lie in a bucket, or in one of that kind."""
+    scheme_of(config.output_dir)
+    check_local("reference.cache_dir", config.reference.cache_dir)
+    check_local("rows_cache", config.rows_cache if isinstance(config.rows_cache, str) else None)
 
 
 def check_folders(
@@ -88,7 +97,7 @@ def write_results(config: Config, table: Sequence[Mapping[str, Any]]) -> list[st
 
     A number that is none is null there; returns the names of these.
     """
-    path = Path(config.output_dir) / "results.json"
+    path = local_path(config.output_dir) / "results.json"
     numbers, broken = without_nan({row["stage"]: row for row in table})
     replace_text(path, to_json(list(numbers.values()), str(path), indent=2) + "\n")
     return broken

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from spo_jax.checkpoints import CheckpointReader, load_reference
+from spo_jax.checkpoints import REFERENCE, CheckpointReader, has_reference, load_reference
 from spo_jax.checkpoints.atomic import replace_text, to_json
 from spo_jax.config.choices import bound_loss
 from spo_jax.config.parsing import ConfigError, override, read_tree
@@ -126,10 +126,11 @@ def _probe_stage(
         root / PAIRS_FILE: builtin,
         right_path(root / PAIRS_FILE): builtin and config.objective.inner_data == "own",
         root / DROPPED_FILE: config.data.drop_displacing is not None,
-        folder / "reference": config.reference.mode != "none",
+        folder / REFERENCE: config.reference.mode != "none",
     }
     for path, wanted in needed.items():
-        if wanted and not path.exists():
+        there = has_reference(folder) if path.name == REFERENCE else path.exists()
+        if wanted and not there:
             raise FileNotFoundError(
                 f"{path} is missing: a probe looks at the run's own pairs and reference and "
                 "makes neither anew. Copy it back, or probe while training: spo-jax dynamics "

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from spo_jax.checkpoints import Checkpoints
-from spo_jax.checkpoints.run_folder import RunLock, check_shared
+from spo_jax.checkpoints.run_folder import check_shared, run_folder
 from spo_jax.checkpoints.user_cache import keep_compiled
 from spo_jax.config.choices import bound_loss
 from spo_jax.config.moving_reference import check_it_moves, moves, stays_online
@@ -23,6 +23,7 @@ from spo_jax.evaluation.texts import Texts, make_texts
 from spo_jax.losses import PreferenceLoss
 from spo_jax.models import join, split
 from spo_jax.objective.moving import MovingReference
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.mesh import make_mesh, place_batch, unsharded
 from spo_jax.parallel.processes import Vote, by_first, is_first, say
 from spo_jax.policies.adapters import adapted, check_base, write_base
@@ -42,7 +43,13 @@ from spo_jax.training.material import (
     rows_of_stage,
 )
 from spo_jax.training.pinned import pin, trained_template, write_inputs
-from spo_jax.training.resuming import check_folders, describe_run, go_on, stage_folder
+from spo_jax.training.resuming import (
+    check_folders,
+    check_places,
+    describe_run,
+    go_on,
+    stage_folder,
+)
 from spo_jax.training.stage import (
     Stage,
     check_sizes,
@@ -99,14 +106,14 @@ def train(
         Diverged, NothingLearnt: updates that are not finite; a stage that changed no weight.
         ValueError: what cannot be run: data, sizes, a model; the message names the mend.
     """
+    check_places(config)
     check_boards(config.trackers)
     keep_compiled(config.compilation_cache)
     mesh = make_mesh(**dataclasses.asdict(config.mesh)) if mesh is None else mesh
     stages = config.stages if only is None else (only,)
     for name in stages:
         check_sizes(config, name, mesh)
-    root = Path(config.output_dir)
-    with RunLock(root):
+    with run_folder(config.output_dir) as root:
         check_shared(root)
         folders = [stage_folder(config, name) for name in stages]
         config = pin(config, folders, resume=resume, allow_changes=allow_changes)
@@ -274,7 +281,7 @@ def run_stage(
 
 def load_start(config: Config, mesh: Mesh, *, unchanged: bool = False) -> Policy:
     """The policy that the run starts from; what of it is large and lies uncut is said."""
-    work = Path(config.output_dir) / MODEL_FOLDER
+    work = local_path(config.output_dir) / MODEL_FOLDER
     start = load_policy(config.model, mesh, seed=config.seed, work=work, unchanged=unchanged)
     if config.lora.rank is not None:
         params = adapted(start.params, config.lora, mesh, seed=config.seed)
@@ -310,7 +317,7 @@ def first_state(
 
 def judge_start(config: Config, *, resume: bool = False) -> dict[str, float]:
     """Held-out metrics and graded answers of the policy that the pair stages start from."""
-    mesh, folder = make_mesh(**dataclasses.asdict(config.mesh)), Path(config.output_dir)
+    mesh, folder = make_mesh(**dataclasses.asdict(config.mesh)), local_path(config.output_dir)
     config = pin(config, [], resume=resume, allow_changes=False)
     start, loss = load_start(config, mesh), bound_loss(config.loss)
     exam = make_exam(config, start.tokenizer)

@@ -125,6 +125,21 @@ def test_create_says_everything_the_slice_needs(stubs):
     assert "pip install" in steps[-1]
     nfs = commands(stubs.run("create.sh", DRY_RUN="1", BUCKET=None, NFS="10.0.0.2:/x").stdout)
     assert "mount -t nfs -o hard,vers=3 '10.0.0.2:/x'" in remote(nfs[2])
+    store = {"BUCKET": None, "STORE": "gs://b/spo/"}
+    said = stubs.run("create.sh", DRY_RUN="1", **store).stdout
+    assert "mount" not in said
+    assert ".[tpu,buckets]" in said
+
+
+def test_runs_in_a_store_need_no_mount(stubs):
+    store = {"DRY_RUN": "1", "BUCKET": None, "STORE": "gs://b/spo/"}
+    said = [remote(x) for x in commands(stubs.run("launch.sh", CONFIG, **store).stdout)]
+    assert all("STORE=gs://b/spo " in text for text in said)
+    assert "--output-dir gs://b/spo/runs/quickstart" in said[-1]
+    run = "gs://b/spo/runs/quickstart"
+    export, copy = commands(stubs.run("fetch.sh", run, "here", **store).stdout)
+    assert f"export {run} spo-exports/runs-quickstart" in remote(export)
+    assert "spo:spo-exports/runs-quickstart" in copy
 
 
 @pytest.mark.parametrize("script", ["launch.sh", "resume.sh", "watch.sh"])
@@ -158,14 +173,16 @@ def test_what_fetch_exports_is_a_command_of_ours(stubs):
     [
         ("create.sh", [], {"PROJECT": None}, "set PROJECT"),
         ("create.sh", [], {"NAME": "My_Slice"}, "NAME=My_Slice"),
-        ("create.sh", [], {"BUCKET": None}, "set BUCKET"),
+        ("create.sh", [], {"BUCKET": None}, "set STORE"),
         ("create.sh", [], {"NFS": "a:/b"}, "BUCKET and NFS"),
         ("create.sh", [], {"BUCKET": "gs://b"}, "without gs://"),
+        ("create.sh", [], {"STORE": "gs://b"}, "STORE is set, and BUCKET"),
+        ("create.sh", [], {"STORE": "my-bucket", "BUCKET": None}, "STORE=my-bucket"),
         ("create.sh", [], {"SPOT": "yes"}, "SPOT=yes"),
         ("create.sh", ["v5e"], {}, "takes no arguments"),
         ("launch.sh", [], {}, "name a configuration"),
         ("launch.sh", ["--resume"], {}, "name a configuration"),
-        ("launch.sh", [CONFIG], {"OUTPUT_DIR": "gs://b/x"}, "OUTPUT_DIR=gs://b/x"),
+        ("launch.sh", [CONFIG], {"OUTPUT_DIR": "s3://b/x"}, "OUTPUT_DIR=s3://b/x"),
         ("launch.sh", [CONFIG, "--output_dir=x"], {}, "set OUTPUT_DIR"),
         ("logs.sh", ["first"], {}, "worker first"),
         ("stop.sh", [], {"GRACE": "long"}, "GRACE=long"),

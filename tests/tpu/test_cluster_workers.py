@@ -127,3 +127,16 @@ def test_launch_refuses_what_a_worker_does_not_have(stubs, workers):
     assert done.returncode == 1
     assert "is not mounted" in done.stderr
     assert "start" not in stubs.steps()
+
+
+def test_a_run_in_a_store_starts_where_nothing_is_mounted(stubs, workers):
+    stubs.write("mountpoint", "#!/bin/sh\nexit 1\n")
+    stubs.tell(queued_resources=["ACTIVE"], tpu_vm=["READY"])
+    del stubs.environment["BUCKET"]
+    assert "is not mounted" in stubs.run("launch.sh", CONFIG).stderr
+    done = stubs.run("launch.sh", CONFIG, STORE="gs://b/spo")
+    assert done.returncode == 0, done.stderr
+    log = (workers[1] / "spo-jax-run" / "log").read_text()
+    assert "--output-dir gs://b/spo/runs/quickstart" in log
+    environment = (workers[0] / "environment").read_text()
+    assert environment == "tpu,cpu gs://b/spo/cache/jax\n"

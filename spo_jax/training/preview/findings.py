@@ -16,6 +16,7 @@ from spo_jax.config.schema import BUILTIN_TASK, Config, DataConfig
 from spo_jax.data import FormatReport, TokenizedRows
 from spo_jax.data.buckets import assign_shapes
 from spo_jax.data.formats import RowError
+from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.mesh import AXES, batch_shards, mesh_shape
 from spo_jax.policies.loading import Outline, load_outline
 from spo_jax.policies.pair_scores import number_displacing
@@ -160,7 +161,10 @@ def _section(
 
 def _data(config: Config, section: str, work: Path) -> tuple[DataConfig | None, str | None]:
     """The section with files to read, and what is to be said of them."""
-    root = Path(config.output_dir)
+    try:
+        root = local_path(config.output_dir)
+    except FileNotFoundError:  # no run in that bucket yet
+        root = Path(config.output_dir)
     sampled = config.data.train != BUILTIN_TASK or (root / PAIRS_FILE).is_file()
     if section == OWN_ANSWERS:
         later = f"{BUILTIN_TASK}: the policy's own right answers are sampled with its pairs"
