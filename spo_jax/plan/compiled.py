@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from spo_jax.config.choices import bound_loss
 from spo_jax.config.moving_reference import computed_ahead, stays_online
 from spo_jax.config.schema import Config, DataConfig
-from spo_jax.models import Model, init_model
+from spo_jax.models import Model, init_model, split
 from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
+from spo_jax.policies.adapters import adapted_shapes
 from spo_jax.policies.loading import execution
-from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage
+from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage, what_stays
 from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 _STEPS = 1000
@@ -42,11 +43,15 @@ class Rows(NamedTuple):
 
 
 class Assembled(NamedTuple):
-    """A stage with all that its update is given, as shapes that know where they lie."""
+    """A stage with all that its update is given, as shapes that know where they lie.
+
+    ``params`` are what is trained: with adapters these, and ``base`` what they lie on.
+    """
 
     stage: Stage
     mesh: Mesh
     params: Params
+    base: Params | None
     reference_params: Params | None
     batch: BilevelBatch
     rows: tuple[Rows, ...]
@@ -115,20 +120,18 @@ def assemble(
     Nothing is read or allocated. Probes are left out: they run between updates.
 
     Raises:
-        ValueError: a batch that does not divide over the mesh; adapters.
+        ValueError: a batch that does not divide over the mesh; adapters that do not fit the model.
     """
-    if config.lora.rank is not None:
-        raise ValueError(
-            "a plan does not count adapters yet: plan with --lora.rank null, which is an upper "
-            "bound of the memory"
-        )
     micro = loop_of(config, stage).gradient_accumulation
     for part in rows:
         name = {"sft": "sft.batch_size"}.get(stage, "train.batch_size")
         if part.level == "sft" and stage != "sft":
             name = "train.inner_batch_size"
         check_batch_size(name, part.count, micro, mesh)
-    params = sharded_shapes(model.abstract_params(), mesh)
+    shapes = model.abstract_params()
+    if config.lora.rank is not None:
+        shapes = adapted_shapes(shapes, config.lora)
+    params, base = split(sharded_shapes(shapes, mesh))
     steps = loop_of(config, stage).steps or _STEPS
     loss = bound_loss(config.loss)
     found = make_stage(config, stage, model, loss, mesh, steps=steps)
@@ -141,7 +144,7 @@ def assemble(
 
     batch = {part.level: shapes(part) for part in rows}
     reference = params if online else None
-    return Assembled(found, mesh, params, reference, BilevelBatch(**batch), tuple(rows))
+    return Assembled(found, mesh, params, base, reference, BilevelBatch(**batch), tuple(rows))
 
 
 def _row_shapes(rows: Rows, *, frozen: bool, judged: bool, mesh: Mesh) -> CompletionBatch:
@@ -175,8 +178,8 @@ def compile_assembled(assembled: Assembled) -> Compiled:
     Raises:
         DoesNotFit: the compiler found no way to fit it into the devices' memory.
     """
-    stage, mesh, params, reference, batch, _ = assembled
-    lowered = lower_update(stage, params, mesh, reference, batch)
+    stage, mesh, params, base, reference, batch, _ = assembled
+    lowered = lower_update(stage, params, mesh, what_stays(base, reference), batch)
     platform = mesh.devices.flat[0].platform
     with tempfile.TemporaryDirectory() as folder:
         # A TPU compiler newer than JAX may write instructions that JAX cannot print: it prints

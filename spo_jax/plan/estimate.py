@@ -11,6 +11,7 @@ import jax
 from spo_jax.models import DecoderConfig, Model
 from spo_jax.plan.compiled import Rows
 from spo_jax.plan.machines import Chip
+from spo_jax.types import Params
 
 EFFICIENCY = {"compute": 0.5, "memory": 0.8, "interconnect": 0.8}
 """Shares of the peaks that are assumed to be reached: assumptions, fitted to nothing."""
@@ -49,25 +50,38 @@ def roofline(
     )
 
 
-def model_flops(model: Model, rows: Sequence[Rows], *, reference_rows: Sequence[Rows] = ()) -> int:
+def model_flops(
+    model: Model,
+    rows: Sequence[Rows],
+    *,
+    reference_rows: Sequence[Rows] = (),
+    adapters: int | None = None,
+) -> int:
     """Operations that an update needs at least: one forward and one backward pass of its rows.
 
     ``6 N T`` with the tokens that each part sees (layers: a prompt once; output head: completions
     only), and attention over the causal half, ``12 L H d`` for each pair of tokens that meet.
-    ``reference_rows`` take a forward pass alone. Recomputation, and further passes of a solver,
-    are not in it.
+    ``reference_rows`` take a forward pass alone. Where only so many numbers of ``adapters`` are
+    trained, the matrices of their base take ``4 N T``, nothing differentiates them. Recomputation,
+    and further passes of a solver, are not in it.
     """
     forward = [_forward(model, part) for part in rows]
-    return 3 * sum(forward) + sum(_forward(model, part) for part in reference_rows)
+    matrices, attention = (sum(part[i] for part in forward) for i in range(2))
+    alone = sum(sum(_forward(model, part)) for part in reference_rows)
+    if adapters is None:
+        return 3 * (matrices + attention) + alone
+    beside = 6 * adapters * sum(part.tokens for part in rows)
+    return 2 * matrices + 3 * attention + beside + alone
 
 
-def _forward(model: Model, rows: Rows) -> int:
+def _forward(model: Model, rows: Rows) -> tuple[int, int]:
+    """Of one pass: the products with matrices, and those of attention."""
     config = model.config
     scored = rows.count * rows.branches * rows.completion
     head = 2 * config.hidden_size * config.vocab_size * scored
     pairs = sum(_pairs(rows.prompt + rows.completion, w) for w in _windows(config))
     attention = 4 * config.num_heads * config.head_dim * rows.count * rows.branches * pairs
-    return 2 * _kernels(model) * rows.tokens + head + attention
+    return 2 * _kernels(model) * rows.tokens + head, attention
 
 
 def _kernels(model: Model) -> int:
@@ -97,4 +111,9 @@ def _pairs(length: int, window: int | None) -> int:
 
 def count_parameters(model: Model) -> int:
     """Numbers in the model's parameters."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params()))
+    return count_numbers(model.abstract_params())
+
+
+def count_numbers(params: Params) -> int:
+    """Numbers in ``params``, of which shapes do."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -25,7 +25,7 @@ from spo_jax.plan.compiled import (
     stage_rows,
 )
 from spo_jax.plan.counts import Counts, Unreadable, count
-from spo_jax.plan.estimate import EFFICIENCY, count_parameters, model_flops, roofline
+from spo_jax.plan.estimate import EFFICIENCY, count_numbers, count_parameters, model_flops, roofline
 from spo_jax.plan.machines import Machine
 from spo_jax.plan.tables import groups_of, large_unsharded
 from spo_jax.training.stage import loop_of
@@ -84,9 +84,11 @@ def plan_stage(
     )
     assembled = assemble(config, model, mesh, stage, parts)
     loop = loop_of(config, stage)
+    adapters = None if assembled.base is None else count_numbers(assembled.params)
     record: dict[str, Any] = {
         "stage": stage,
         "parameters": count_parameters(model),
+        "adapters": adapters,
         "mesh": dict(mesh.shape),
         "batch": {
             "rows": [part._asdict() for part in parts],
@@ -106,7 +108,9 @@ def plan_stage(
         online = stage != "sft" and config.reference.mode == "online"
         # Of one that moves the log-probs of the inner level's rows are the start's, from the batch.
         judged = parts[:1] if moves(config) else parts
-        needed = model_flops(model, parts, reference_rows=judged if online else ())
+        needed = model_flops(
+            model, parts, reference_rows=judged if online else (), adapters=adapters
+        )
         record |= _compiled(compiled, text, machine, room, needed)
         record["run"] = _run(config, stage, record, rows)
     record["compile_seconds"] = time.perf_counter() - started

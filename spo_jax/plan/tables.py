@@ -58,6 +58,7 @@ def _state_parts(assembled: Assembled) -> list[tuple[str, Any]]:
     moving, objective = objective.reference, objective._replace(reference=())
     return [
         ("parameters", solver.params),
+        ("base", assembled.base),
         ("optimizer moments (outer)", solver.outer),
         ("optimizer moments (inner)", solver.inner),
         ("solver variables", solver.variables),

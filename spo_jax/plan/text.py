@@ -28,10 +28,14 @@ def _head(record: Mapping[str, Any]) -> str:
         f"{r['count']} {r['level']} rows of {r['prompt']} + {r['branches']} x {r['completion']}"
         for r in batch["rows"]
     )
+    trained = ""
+    if record["adapters"] is not None:
+        trained = f", {record['adapters']:,} of adapters on them are trained"
     lines = [
         f"stage {record['stage']}",
-        f"model    {record['parameters']:,} parameters in {model['param_dtype']}, products in "
-        f"{model['compute_dtype']}; remat {model['remat']}, attention {model['attention']}",
+        f"model    {record['parameters']:,} parameters in {model['param_dtype']}{trained}, "
+        f"products in {model['compute_dtype']}; remat {model['remat']}, attention "
+        f"{model['attention']}",
         f"mesh     {mesh}",
         f"batch    {rows}: {batch['tokens']:,} tokens an update, padding included, in "
         f"{batch['micro_batches']} micro-batch{'es' if batch['micro_batches'] > 1 else ''}",
@@ -111,13 +115,14 @@ def _work(record: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     counts, devices = record["counts"], machine["devices"]
     model, once = record["model_flops"] / devices, record["compiler_flops_loops_once"]
     lines = ["TFLOP of an update on each device"]
+    terms = "6 N T" if record["adapters"] is None else "4 N T, adapters"
     if counts is not None:
         lines.append(
             f"  compiled   {counts['flops'] / 1e12:10.3f}  matrix products in the program, loops "
             "times their turns"
         )
     lines += [
-        f"  model      {model / 1e12:10.3f}  6 N T + causal attention, one forward and backward "
+        f"  model      {model / 1e12:10.3f}  {terms} + causal attention, one forward and backward "
         f"pass; / {devices} devices",
         f"  XLA        {once / 1e12:10.3f}  the compiler's own count: the body of a loop once",
     ]

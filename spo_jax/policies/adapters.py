@@ -55,6 +55,17 @@ def adapted(params: Params, config: LoraConfig, mesh: Mesh, *, seed: int) -> Par
     return join(as_base(params, lora), adapters)
 
 
+def adapted_shapes(shapes: Params, config: LoraConfig) -> Params:
+    """What ``adapted`` makes of parameters of these ``shapes``, as shapes; nothing is computed."""
+    lora = lora_of(config)
+
+    def make(params: Params) -> Params:
+        adapters = make_adapters(params, lora, jax.random.key(0))
+        return join(as_base(params, lora), adapters)
+
+    return jax.eval_shape(make, shapes)
+
+
 def find_adapters(run: Path) -> AdapterRun | None:
     """What the stage at ``run`` trained, if that were adapters."""
     tree = read_tree(run / "config.yaml")

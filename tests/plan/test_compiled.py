@@ -11,12 +11,14 @@ import pytest
 
 from spo_jax.config.choices import bound_loss
 from spo_jax.config.moving_reference import stays_online
+from spo_jax.config.schema import LoraConfig
 from spo_jax.config.validation import checked_config, load_config
-from spo_jax.models import init_model, load_hf_config
+from spo_jax.models import init_model, join, load_hf_config, split
 from spo_jax.parallel.mesh import make_mesh, place_batch, sharded_shapes
 from spo_jax.plan import compile_pair_update, memory_summary
 from spo_jax.plan.compiled import assemble, make_model, stage_rows
 from spo_jax.plan.tables import groups_of, large_unsharded
+from spo_jax.policies.adapters import adapted
 from spo_jax.policies.loading import execution, load_policy
 from spo_jax.training.material import (
     frozen_logprobs,
@@ -25,7 +27,7 @@ from spo_jax.training.material import (
     rows_of_stage,
 )
 from spo_jax.training.run import first_state
-from spo_jax.training.stage import compile_update, make_stage
+from spo_jax.training.stage import compile_update, make_stage, what_stays
 from tests.tiny import ARCHITECTURE
 
 SHORT = {"train": "builtin:arithmetic", "max_completion_length": 16, "completion_buckets": [16]}
@@ -57,6 +59,11 @@ KINDS = {
         "loss": {"name": "kto", "beta": 0.1},
         "data": {**SHORT, "eval_fraction": 0.25},
     },
+    "adapters": {"lora": {"rank": 4, "dropout": 0.1}},
+    "adapters and their reference in the step": {
+        "lora": {"rank": 4, "targets": ("q_proj", "v_proj")},
+        "reference": {"mode": "online"},
+    },
     "no reference": {
         "reference": {"mode": "none"},
         "loss": {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5},
@@ -66,11 +73,13 @@ KINDS = {
 }
 
 
-def config_of(**keys):
+def config_of(lora=None, **keys):
     """TREE as it is trained, on the eight devices."""
     tree = {**TREE, **keys}
     own = (tree.get("objective") or {}).get("inner_data") == "sft"
-    return checked_config(tree if own else {k: v for k, v in tree.items() if k != "sft_data"})
+    config = checked_config(tree if own else {k: v for k, v in tree.items() if k != "sft_data"})
+    # A configuration has adapters on a model that has learnt something alone; here it has not.
+    return config if lora is None else dataclasses.replace(config, lora=LoraConfig(**lora))
 
 
 def planned(config, architecture, batch):
@@ -94,10 +103,14 @@ def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     config = config_of(output_dir=str(tmp_path), **KINDS[kind])
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     start = load_policy(config.model, mesh, seed=0, work=tmp_path / "model")
+    if config.lora.rank is not None:
+        start = start._replace(params=adapted(start.params, config.lora, mesh, seed=0))
+    trained, base = split(start.params)
     rows = rows_of_stage(config, "preference", start, {}, resume=False)
     reference = keep_reference(config, tmp_path, start, mesh, resume=False)
-    frozen = frozen_logprobs(config, start.model, reference, rows, mesh)
-    online = reference if stays_online(config) else None
+    whole = reference and join(base, reference)
+    frozen = frozen_logprobs(config, start.model, whole, rows, mesh)
+    stays = what_stays(base, reference if stays_online(config) else None)
     stage = make_stage(
         config, "preference", start.model, bound_loss(config.loss), mesh, steps=config.train.steps
     )
@@ -106,9 +119,9 @@ def test_what_is_planned_is_what_training_runs(kind, tmp_path):
     def state():
         return first_state(config, stage, start, mesh, donate=False)
 
-    expected = compile_update(stage, start.params, mesh, online)(state(), batch)
+    expected = compile_update(stage, trained, mesh, stays)(state(), batch)
     compiled = planned(config, load_hf_config(start.folder), batch)
-    found = compiled(state(), batch, online)
+    found = compiled(state(), batch, stays)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -142,11 +155,11 @@ def test_memory_of_a_device():
     assert memory["total"] == held
 
 
-def tiny_groups(**keys):
+def tiny_groups(architecture=None, **keys):
     """What an update of these settings holds, by name."""
     config = config_of(mesh={"data": 1, "fsdp": -1}, **keys)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    model = make_model(config, {**ARCHITECTURE, "vocab_size": 64}, mesh)
+    model = make_model(config, architecture or {**ARCHITECTURE, "vocab_size": 64}, mesh)
     rows = stage_rows(config, "preference", prompt_length=8, completion_length=16)
     groups = groups_of(assemble(config, model, mesh, "preference", rows))
     return {group.name: group for group in groups}
@@ -162,6 +175,26 @@ def test_a_reference_that_moves_takes_the_place_of_the_frozen_one():
     for name in ("batch", "counters and statistics"):
         assert moving[name].bytes == ahead[name].bytes
     assert "reference parameters" in tiny_groups(reference={"mode": "online"})
+
+
+def test_adapters_are_what_has_moments_and_a_reference():
+    wide = {**ARCHITECTURE, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    wide |= {"head_dim": 32}
+    whole = tiny_groups(wide)
+    layers, hidden, kv, inner, rank = 2, 64, 32, 128, 4
+    ends = 2 * hidden + 2 * (hidden + kv) + 2 * hidden + 2 * (hidden + inner) + inner + hidden
+    adapters = 4 * layers * rank * ends
+    scales = 4 * layers * 7
+    sizes = {}
+    for quantize in (None, "nf4"):
+        lora = {"rank": rank, "quantize": quantize}
+        found = tiny_groups(wide, lora=lora, reference={"mode": "online"})
+        assert found["parameters"].bytes == found["reference parameters"].bytes == adapters
+        assert 2 * adapters <= found["optimizer moments (outer)"].bytes < 2 * adapters + 16
+        sizes[quantize] = found["base"].bytes - scales
+    assert sizes[None] == whole["parameters"].bytes
+    kernels = layers * (2 * hidden**2 + 2 * hidden * kv + 3 * hidden * inner)
+    assert sizes["nf4"] == sizes[None] - kernels * 4 + kernels // 2 + kernels * 4 // 64
 
 
 def test_a_tracked_copy_counts_its_weights_and_moments():

@@ -282,9 +282,14 @@ def test_operations_of_the_model_by_hand():
     layers = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 32
     tokens, scored = 4 * (3 + 2 * 5), 4 * 2 * 5
     pairs = 4 * 2 * (8 * 9 // 2)
-    forward = 2 * 2 * layers * tokens + 2 * 16 * 64 * scored + 2 * 4 * 16 * pairs
+    attention = 2 * 4 * 16 * pairs
+    forward = 2 * 2 * layers * tokens + 2 * 16 * 64 * scored + attention
     assert model_flops(model, [rows]) == 3 * forward
     assert model_flops(model, [rows], reference_rows=[rows]) == 4 * forward
+    # Of adapters: no gradient of the base's matrices; of attention, which has none, all of it.
+    matrices = forward - attention
+    found = model_flops(model, [rows], adapters=10)
+    assert found == 2 * matrices + 3 * attention + 6 * 10 * rows.tokens
 
 
 def test_a_window_meets_fewer_keys():
