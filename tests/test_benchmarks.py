@@ -42,6 +42,35 @@ def script():
 # Arithmetic and checks
 
 
+def test_the_studies_data_are_cut_and_chosen_as_said(script, tmp_path, capsys, monkeypatch):
+    made = script("study_data")
+    problems = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(1110)]
+    files = {"train": problems, "test": problems[:3]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stories = ["Once.", "Zoë.", "Twice."]
+    (tmp_path / "stories.json").write_text(json.dumps(stories))
+    mawps = [str(tmp_path / f"{name}.jsonl") for name in files]
+    words = ["--mawps", *mawps, "--tinystories", str(tmp_path / "stories.json")]
+    monkeypatch.setattr("sys.argv", ["study_data", "--out", str(tmp_path / "data"), *words])
+    made.main()
+    assert "mawps_validation.jsonl: 10 rows" in capsys.readouterr().out
+    found = {p.stem: made.read(p) for p in (tmp_path / "data").iterdir()}
+    cut = [found[f"mawps_{name}"] for name in ("sft", "pairs", "validation")]
+    assert [len(rows) for rows in cut] == [800, 300, 10]
+    assert [row for rows in cut for row in rows] == problems
+    assert found["tinystories"] == [{"text": "Once."}, {"text": "Twice."}]
+
+    talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = made.pair({"chosen": f"{talk} d", "rejected": f"{talk} e"})
+    assert row == {"prompt": talk, "chosen": " d", "rejected": " e"}
+    other = {"chosen": "\n\nHuman: x\n\nAssistant: d", "rejected": f"{talk} e"}
+    pairs = [{"prompt": f"{i % 450}", "chosen": "a", "rejected": "b"} for i in range(900)]
+    parts = made.preferences([*pairs, made.pair(other), {**pairs[0], "rejected": "a"}])
+    assert [len(parts[f"hh_{name}"]) for name in ("train", "test")] == [500, 400]
+    assert not {r["prompt"] for r in parts["hh_train"]} & {r["prompt"] for r in parts["hh_test"]}
+
+
 def test_rank_correlation_by_hand(script):
     of = script("displacement")
     assert of.ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0, 2.5, 1]
