@@ -12,6 +12,7 @@ from spo_jax import models
 from spo_jax.losses import make_preference_loss
 from spo_jax.models import split
 from spo_jax.objective.adapted import OnBase, adapted_objective
+from spo_jax.objective.calibration import make_head_gradients
 from spo_jax.objective.levels import count, make_objective
 from spo_jax.solvers import SOLVERS, make_penalty, make_solver
 from spo_jax.training.update import init_state, jit_step, make_train_step
@@ -23,6 +24,7 @@ from tests.training.test_solvers_on_models import OPTIONS
 MODEL = Bigram()
 BASE = MODEL.init()
 LOGPROBS = tiny_logprobs(MODEL)
+HEAD = make_head_gradients(MODEL, chunk_tokens=16)
 TRAINED = {"mix": 0.1 * jnp.ones((8, 8))}
 REFERENCE = {"mix": -0.1 * jnp.ones((8, 8))}
 
@@ -31,8 +33,10 @@ def join(base, trained):
     return base | {"mix": base["mix"] + trained["mix"]}
 
 
-def make(whole=lambda params, _: params, **options):
-    loss = make_preference_loss("dpo", beta=0.5)
+def make(whole=lambda params, _: params, loss="dpo", **options):
+    loss = make_preference_loss(loss, beta=0.5)
+    if "reward_calibration" in options:
+        options["head_gradients"] = lambda params, b, *rest: HEAD(whole(params, b), b, *rest)
     return make_objective(lambda params, b: LOGPROBS(whole(params, b), b), loss, **options)
 
 
@@ -74,6 +78,15 @@ def test_every_solver_takes_the_steps_it_takes_where_the_base_is_compiled_in(nam
     """Accumulated, with an online reference and rows of the inner level's own."""
     inner_data = "chosen" if name == "preference_only" else "sft"
     options = {"reference": "online", "micro_batches": 2, "inner_data": inner_data}
+    batches = []
+    for seed in range(3):
+        sft = random_batch(branches=1, seed=seed + 3) if inner_data == "sft" else None
+        batches.append(BilevelBatch(random_batch(seed=seed), sft))
+    take_the_same_steps(name, batches, **options)
+
+
+def take_the_same_steps(name, batches, **options):
+    """On a base that is an argument, and where it is a constant of the objective."""
     own = adapted_objective(lambda whole: make(whole, **options), join)
     fixed = make(lambda trained, _: join(BASE, trained), **options)
     solver = make_solver(
@@ -85,13 +98,37 @@ def test_every_solver_takes_the_steps_it_takes_where_the_base_is_compiled_in(nam
         step = make_train_step(objective, solver, schedule=optax.constant_schedule(0.02))
         state = init_state(solver, objective, TRAINED, np.zeros(2, np.uint32))
         step = jax.jit(step)
-        for seed in range(3):
-            sft = random_batch(branches=1, seed=seed + 3)
-            batch = BilevelBatch(random_batch(seed=seed), sft if inner_data == "sft" else None)
+        for batch in batches:
             state, metrics = step(state, batch, stays)
-        found.append((state.solver, metrics))
+        found.append((state.solver, state.objective, metrics))
     close(*found)
     assert float(jnp.abs(found[0][0].params["mix"] - TRAINED["mix"]).max()) > 1e-3
+    return found[0]
+
+
+@pytest.mark.long
+def test_unpaired_rows_on_a_base():
+    rows = [random_batch(seed=seed, branches=2) for seed in range(3)]
+    rows = [batch._replace(desirable=jnp.arange(8) % 3 > 0) for batch in rows]
+    batches = [BilevelBatch(batch) for batch in rows]
+    take_the_same_steps("penalty", batches, loss="kto", reference="online", micro_batches=2)
+
+
+@pytest.mark.long
+def test_a_tracked_copy_of_adapters():
+    options = {"inner_value": "tracked", "inner": optax.sgd(0.1), "tracked_steps": 2, "steps": 3}
+    batches = [BilevelBatch(random_batch(seed=seed)) for seed in range(3)]
+    _, objective, metrics = take_the_same_steps("primal_dual", batches, **options)
+    assert set(objective.inner_value.params) == {"mix"}
+    assert float(jnp.abs(objective.inner_value.params["mix"] - TRAINED["mix"]).max()) > 1e-3
+    assert np.isfinite(metrics["gap"])
+
+
+@pytest.mark.long
+def test_calibration_looks_at_the_head_of_the_whole():
+    batches = [BilevelBatch(random_batch(seed=seed)) for seed in range(3)]
+    _, _, metrics = take_the_same_steps("preference_only", batches, reward_calibration=0.5)
+    assert any("calibration" in name for name in metrics), sorted(metrics)
 
 
 @pytest.mark.long
