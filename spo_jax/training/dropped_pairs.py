@@ -68,8 +68,8 @@ def _choose(config: Config, policy: Policy, rows: Rows, facts: dict[str, Any]) -
         )
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(policy.params)):
         raise ValueError(
-            f"{path} is of other pairs or another share than "
-            f"data.drop_displacing={share}: probe with the data and the share of the run"
+            f"{local_path(config.output_dir) / DROPPED_FILE} is of other pairs or another share "
+            f"than data.drop_displacing={share}: probe with the data and the share of the run"
         )
     size = config.train.eval_batch_size or config.train.batch_size
     scores = score_pairs(policy, rows, batch_size=size, name="data")

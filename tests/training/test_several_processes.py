@@ -199,3 +199,33 @@ def test_pairs_that_displace_are_listed_and_left_out_alike(alone):
     rows = [{pair["row"] for pair in some[1]["dropped"]} for some in (one, two)]
     assert rows[0] == rows[1] == {line["row"] for line in one[0][:6]}
     assert_same_metrics(two[2], one[2])
+
+
+def test_adapters_are_trained_alike(alone):
+    """On the policy that one process made; each process has its part of base and adapters."""
+    folder, _, cache = alone
+    model = {"path": str(folder / "alone"), "init": None, "tokenizer": None}
+    config = write_config(
+        folder,
+        "adapters",
+        mesh=SETTINGS["mesh"],
+        model=model,
+        lora={"rank": 2},
+        train={"steps": 4, "eval_every": 4, "save_every": 2},
+    )
+    found = {}
+    for count in (1, 2):
+        run = folder / f"adapters_{count}"
+        processes = start_several(config, run, count, log=folder / run.name, cache=cache)
+        assert finish(processes, PATIENCE) == [0] * count, logs_of(folder, run.name)
+        found[count] = metrics_of(run)
+    assert_same_metrics(found[2], found[1])
+    # What one process saved, two go on with, and the other way round.
+    for count, other in ((1, 2), (2, 1)):
+        run = folder / f"adapters_{count}"
+        more = ["--resume", "--train.steps", "6"]
+        processes = start_several(config, run, other, *more, log=folder / run.name, cache=cache)
+        assert finish(processes, PATIENCE) == [0] * other, logs_of(folder, run.name)
+    ends = [metrics_of(folder / f"adapters_{count}") for count in (1, 2)]
+    assert [line["step"] for line in ends[0]][-1] == 6
+    assert_same_metrics(*ends)
