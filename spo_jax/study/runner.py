@@ -241,11 +241,23 @@ def _ending_workers(pool: Executor) -> Iterator[None]:
                     worker.terminate()
                 pool.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
-            for worker in workers:
-                worker.join()
+            _join(workers)
             raise
         raise
     pool.shutdown()
+
+
+def _join(workers: Iterable[Any]) -> None:
+    """Wait for the end of ``workers``.
+
+    A thread of their pool may have taken the status of one and not told it yet: to others that one
+    is alive, and a plain ``join`` returns at once.
+    """
+    end = time.monotonic() + 5
+    for worker in workers:
+        worker.join()
+        while worker.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager
