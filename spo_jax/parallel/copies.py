@@ -95,10 +95,7 @@ def fetch(store: Store, folder: Path) -> Path:
         ]
         if single:
             if changed:
-                content.mkdir(exist_ok=True)
-                partial = content / f".{name}.tmp"
-                store._asked(lambda: store._files.get_file(store._root, str(partial)))
-                partial.replace(content / name)
+                store.fetch_file("", content / name)
         else:
             _remove_others(content, set(wanted))
             store.fetch(changed, content)

@@ -148,6 +148,13 @@ class Store:
         for path, file in zip(partial, files, strict=True):
             path.replace(file)
 
+    def fetch_file(self, name: str, file: Path) -> None:
+        """Copy one object to ``file``, whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.tmp")
+        self._asked(lambda: self._files.get_file(self._full(name), str(partial)))
+        partial.replace(file)
+
     def move(self, name: str, other: Store) -> None:
         """Move an object under the URL ``other`` of the same kind of store."""
         self._asked(lambda: self._files.copy(self._full(name), other._full(name)))

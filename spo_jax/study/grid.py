@@ -87,6 +87,7 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     """
     tree = read_over_base(path, lambda run: _SET_BY_CELLS)
     study = _from_tree(override(tree, overrides or {}))
+    check_local("output_dir", study.output_dir)
     _check(study)
     folders: dict[Path, Cell] = {}
     for cell in [*start_cells(study), *run_cells(study)]:
@@ -112,7 +113,6 @@ def read_over_base(
     """
     path = find_config(path)
     tree = read_tree(path)
-    check_local("output_dir", tree.get("output_dir"))
     run = dict(tree.get("run") or {})
     base = run.pop("base", None)
     if base is not None:

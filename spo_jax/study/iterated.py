@@ -36,6 +36,7 @@ from spo_jax.evaluation.answers import make_exam, take_exam
 from spo_jax.models import save_pretrained
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
+from spo_jax.parallel.stores import check_local
 from spo_jax.policies.loading import Policy, load_policy
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.sampling.make_pairs import make_pairs
@@ -76,6 +77,7 @@ def read_rounds(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         ConfigError: a missing file, an unknown key, or a round that could not be run.
     """
     tree = override(read_over_base(path, _unused), overrides or {})
+    check_local("output_dir", tree.get("output_dir"))
     names = [each.name for each in fields(RoundsConfig)]
     for key in tree:
         if key not in names:

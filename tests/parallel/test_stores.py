@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from spo_jax.checkpoints.run_folder import RunLocked, bucket_folder
+from spo_jax.cli import main
 from spo_jax.config.validation import checked_config
 from spo_jax.parallel import copies
 from spo_jax.parallel.copies import is_committed, local_path, named, place_of
@@ -178,6 +179,23 @@ def test_places_that_a_run_cannot_have_in_a_bucket(key, value):
     config = checked_config({**tree, key: value})
     with pytest.raises(ValueError, match="b/x"):
         train(config)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["study", "configs/study_arithmetic.yaml", "--output-dir"],
+        ["rounds", "configs/rounds_arithmetic.yaml", "--output-dir"],
+        ["score-pairs", "configs/quickstart.yaml", "--out"],
+        ["data", "configs/quickstart.yaml", "--json"],
+        ["generate", "model", "--data", "file.jsonl", "--out"],
+        ["make-pairs", "model", "--data", "file.jsonl", "--task", "gsm8k", "--out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_a_command_writes_is_local(words, capsys):
+    assert main([*words, "gs://a-bucket/x"]) == 2
+    assert "x: name a local path" in capsys.readouterr().err
 
 
 def test_a_lease_is_held_released_and_lost(url):
