@@ -316,21 +316,21 @@ def _type_names(hint: Any) -> list[str]:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain YAML values."""
+    return _plain(config)
 
-    def plain(value):
-        if isinstance(value, Named):
-            if value.name == MIXTURE:
-                return value.options["losses"]
-            return {"name": value.name, **value.options}
-        if isinstance(value, MixedData):  # what it does not say is as in its section
-            return {k: plain(v) for k, v in vars(value).items() if v is not None}
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        return value
 
-    return plain(config)
+def _plain(value: Any) -> Any:
+    if isinstance(value, Named):
+        if value.name == MIXTURE:
+            return value.options["losses"]
+        return {"name": value.name, **value.options}
+    if isinstance(value, MixedData):  # what it does not say is as in its section
+        return {k: _plain(v) for k, v in vars(value).items() if v is not None}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str = "") -> str:
@@ -341,13 +341,26 @@ def config_to_yaml(config: Config, *, without: Collection[str] = (), header: str
 
 
 def changed_keys(config: Config, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ from those a run was saved with: ``{"a.b": (old, new)}``."""
-    now, before = flat_tree(config_to_dict(config)), flat_tree(saved)
-    # A mapping that was empty has no keys of its own to compare.
-    empty = tuple(f"{key}." for key, value in before.items() if value == {})
-    keys = [k for k in (*before, *now) if k in before or k.startswith(empty)]
-    found = {k: (before.get(k), now.get(k)) for k in keys}
-    return {k: (old, new) for k, (old, new) in found.items() if old != new and old != {}}
+    """Keys whose values differ from those a run was saved with: ``{"a.b": (old, new)}``.
+
+    A key that the version which saved it did not have counts as its default.
+    """
+    now, before = flat_tree(config_to_dict(config)), flat_tree(_with_defaults(saved, Config()))
+    found = {k: (before.get(k), now.get(k)) for k in (*before, *now)}
+    # An empty mapping has no keys of its own to compare: those of the other are.
+    return {k: both for k, both in found.items() if both[0] != both[1] and {} not in both}
+
+
+def _with_defaults(saved: Mapping[str, Any], section: Any) -> dict[str, Any]:
+    """``saved`` with the values that ``section`` has for keys it lacks, and so on below."""
+    tree = dict(saved)
+    for field in dataclasses.fields(section):
+        default = getattr(section, field.name)
+        if field.name not in tree:
+            tree[field.name] = _plain(default)
+        elif dataclasses.is_dataclass(default) and not isinstance(default, Named):
+            tree[field.name] = _with_defaults(tree[field.name], default)
+    return tree
 
 
 def flat_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -194,19 +194,23 @@ def _settings(plan: RoundsConfig, number: int) -> dict[str, Any]:
     return json.loads(to_json({**settings, "extrapolation": plan.extrapolation}, "settings"))
 
 
+def _changed(plan: RoundsConfig, number: int, before: Mapping[str, Any]) -> list[str]:
+    """What a round was begun with and would no longer be, in words."""
+    now = _settings(plan, number)
+    changed = changed_keys(round_config(plan, number), before["run"])
+    said = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+    return said + [k for k in sorted(now) if k != "run" and before.get(k) != now[k]]
+
+
 def _kept(plan: RoundsConfig, number: int) -> dict[str, Any] | None:
     """The figures of a round that is finished; one that is begun must have the same settings."""
     folder = folder_of(plan, number)
     path = folder / RESULT_FILE
     if not path.is_file():
         return None
-    result, now = json.loads(path.read_text()), _settings(plan, number)
-    if result["settings"] != now:
-        before = result["settings"]
-        keys = sorted(k for k in now if before.get(k) != now[k])
-        changed = changed_keys(round_config(plan, number), before["run"]) if "run" in keys else {}
-        said = [f"{k}: {old} -> {new}" for k, (old, new) in changed.items()]
-        said += [k for k in keys if k != "run"]
+    result = json.loads(path.read_text())
+    said = _changed(plan, number, result["settings"])
+    if said:
         raise ValueError(
             f"{folder} was run with other settings: {'; '.join(said)}. Choose another "
             "--output-dir, or remove that folder and those of later rounds"
@@ -218,7 +222,7 @@ def _start(plan: RoundsConfig) -> dict[str, Any]:
     """Graded answers of the policy that the first round begins with, if any are asked for."""
     path, settings = Path(plan.output_dir) / "start.json", _settings(plan, 1)
     kept = json.loads(path.read_text()) if path.is_file() else {}
-    if kept.get("settings") == settings:
+    if kept and not _changed(plan, 1, kept["settings"]):
         return kept["figures"]
     config, figures = round_config(plan, 1), {"round": 0}
     with tempfile.TemporaryDirectory() as work:

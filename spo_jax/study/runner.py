@@ -16,7 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
-from spo_jax.study.grid import Cell, StudyConfig, resolved, run_cells, start_cells
+from spo_jax.config import checked_config, unused_sections
+from spo_jax.config.parsing import changed_keys
+from spo_jax.study.grid import Cell, StudyConfig, run_cells, start_cells
 from spo_jax.study.worker import LOG_FILE, RESULT_FILE, CellFailed, run_cell, set_up
 
 Say: TypeAlias = Callable[[str], None]
@@ -42,24 +44,20 @@ def read_result(cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    changed = _changes(result["config"], json.loads(json.dumps(resolved(cell))))
+    config = checked_config(cell.tree)
+    unused = unused_sections(config)
+    found = changed_keys(config, result["config"])
+    changed = [
+        f"{key}: {before} -> {now}"
+        for key, (before, now) in found.items()
+        if key.partition(".")[0] not in unused
+    ]
     if changed:
         raise ValueError(
             f"{cell.folder} was run with other settings: {'; '.join(changed)}. Choose another "
             "--output-dir, or remove that folder to run it anew"
         )
     return result
-
-
-def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(k for k in now if k not in before)]
-        return [
-            line
-            for key in keys
-            for line in _changes(before.get(key), now.get(key), f"{prefix}{key}.")
-        ]
-    return [] if before == now else [f"{prefix[:-1]}: {before} -> {now}"]
 
 
 def run_study(

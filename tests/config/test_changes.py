@@ -3,7 +3,7 @@
 import pytest
 
 from spo_jax.config.changes import BINDING, ChangedConfig, check_changes
-from spo_jax.config.parsing import config_from_tree, config_to_dict, override
+from spo_jax.config.parsing import changed_keys, config_from_tree, config_to_dict, override
 from spo_jax.config.schema import Config
 
 TREE = {
@@ -53,6 +53,29 @@ def test_what_would_corrupt_is_refused_unless_told_otherwise(key, value, shown):
         assert part in str(caught.value)
     assert "train.steps" not in str(caught.value)
     assert shown in check({key: value}, allow=True)
+
+
+def test_what_an_older_version_did_not_know_was_its_default():
+    """Else an upgrade in the middle of a run, or of a study, would say that everything changed."""
+    saved = config_to_dict(config_from_tree(TREE))
+    del saved["texts"], saved["data"]["mix"], saved["outer"]["schedule"], saved["lora"]["rank"]
+
+    def resumed(changes):
+        return check_changes(config_from_tree(override(TREE, changes)), saved, run="RUN")
+
+    assert resumed({}) is None
+    assert resumed({"outer.schedule": "constant"}) == "outer.schedule: cosine -> constant"
+    assert resumed({"texts.split": "test"}) == "texts.split: train -> test"
+    with pytest.raises(ChangedConfig, match=r"lora\.rank: None -> 4"):
+        resumed({"lora.rank": 4})
+
+
+def test_a_mapping_that_was_empty_or_becomes_so_is_told_by_its_keys():
+    tree = override(TREE, {"data.columns": {"prompt": "question"}})
+    config, plain = config_from_tree(tree), config_from_tree(TREE)
+    key = "data.columns.prompt"
+    assert changed_keys(config, config_to_dict(plain)) == {key: (None, "question")}
+    assert changed_keys(plain, config_to_dict(config)) == {key: ("question", None)}
 
 
 def test_of_a_mixture_names_bind_and_weights_do_not():

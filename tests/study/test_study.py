@@ -54,6 +54,24 @@ def written(tmp_path, **keys):
     return path
 
 
+def test_a_result_of_an_older_version_is_read_and_one_of_other_settings_is_not(tmp_path):
+    """What it did not know was at its default; sections that a run ignores are of no account."""
+    path = written(tmp_path)
+    cell = start_cells(read_study(path))[0]
+    config = resolved(cell)
+    del config["sft_data"]["streaming"], config["sft"]["max_skipped"]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "result.json").write_text(json.dumps({"config": config, "metrics": {}}))
+
+    def read(changes):
+        return read_result(start_cells(read_study(path, changes))[0])
+
+    assert read({})["config"] == config
+    assert read({"run.outer.learning_rate": 0.1}) is not None
+    with pytest.raises(ValueError, match=r"settings: sft\.max_skipped: 10 -> 5\. Choose"):
+        read({"run.sft.max_skipped": 5})
+
+
 def test_cells_of_the_grid(tmp_path):
     study = read_study(written(tmp_path))
     starts, runs = start_cells(study), run_cells(study)
