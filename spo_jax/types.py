@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+AnyArray: TypeAlias = Array | np.ndarray
+"""Of JAX, or of NumPy as a loop over data makes it."""
 
 Params: TypeAlias = Any
 """A pytree of arrays. Nothing outside ``models/`` knows its structure."""
@@ -57,8 +61,8 @@ class Segments(NamedTuple):
     order. A prompt may be empty, a completion has at least one token.
     """
 
-    prompt_lengths: Int[Array, "B S"]
-    completion_lengths: Int[Array, "B n S"]
+    prompt_lengths: Int[AnyArray, "B S"]
+    completion_lengths: Int[AnyArray, "B n S"]
 
 
 class CompletionBatch(NamedTuple):
@@ -79,14 +83,14 @@ class CompletionBatch(NamedTuple):
     mismatched one, that of another prompt (``data.mismatched``). It is false for fillers.
     """
 
-    prompt_tokens: Int[Array, "B P"]
-    prompt_mask: Bool[Array, "B P"]
-    completion_tokens: Int[Array, "B n C"]
-    completion_mask: Bool[Array, "B n C"]
-    row_ids: Int[Array, "B *S"]
-    reference_logprobs: Float[Array, "B *S n"] | None = None
+    prompt_tokens: Int[AnyArray, "B P"]
+    prompt_mask: Bool[AnyArray, "B P"]
+    completion_tokens: Int[AnyArray, "B n C"]
+    completion_mask: Bool[AnyArray, "B n C"]
+    row_ids: Int[AnyArray, "B *S"]
+    reference_logprobs: Float[AnyArray, "B *S n"] | None = None
     segments: Segments | None = None
-    desirable: Bool[Array, "B *S"] | None = None
+    desirable: Bool[AnyArray, "B *S"] | None = None
 
 
 PreferenceBatch: TypeAlias = CompletionBatch

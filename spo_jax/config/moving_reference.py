@@ -64,6 +64,14 @@ def validate_moving(config: Config, loss: PreferenceLoss) -> None:
             f"reference.moving.alpha={alpha:g} with lora: the mean of two pairs of factors is not "
             "the pair of the mean. Set alpha: 1 (the hard update), or lora.rank to null"
         )
+    dtype = config.model.param_dtype
+    if dtype != "float32" and alpha < 0.5:
+        raise ConfigError(
+            f"reference.moving.alpha={alpha:g} with model.param_dtype={dtype}: a weight of 16 bits "
+            "moves when alpha times its distance is more than half a spacing, so the reference "
+            f"may stay {1 / (2 * alpha):.0f} spacings behind. Set model.param_dtype: float32, or a "
+            "larger alpha (1 is the hard update)"
+        )
     if config.dynamics.every is not None:
         raise ConfigError(
             "dynamics.every with reference.moving: probes look at the loss against the frozen "

@@ -53,10 +53,10 @@ def find_origins(path: str | Path, overrides: Mapping[str, Any]) -> Origins:
 def _lay_over(origins: Origins, tree: Mapping[str, Any], who: str, above: tuple[str, ...]) -> None:
     for key, value in tree.items():
         place = (*above, key)
-        merged = isinstance(value, Mapping) and value and True
+        merged = isinstance(value, Mapping) and value
         if merged and any(len(p) > len(place) and p[: len(place)] == place for p in origins):
             _lay_over(origins, value, who, place)
-        elif value != {} or not any(p[: len(place)] == place for p in origins):
+        else:
             _replace(origins, value, who, place)
 
 

@@ -123,8 +123,8 @@ def read_tree(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
     """Read a YAML file (``find_config``) and lay ``overrides`` (``{"seed": 1}``) over it.
 
     A file may begin with another one's keys, ``base: other.yaml`` (beside it, or shipped): its own
-    are laid over them, key by key; a section with a ``name`` (loss, solver, an optimizer)
-    replaces the whole section.
+    are laid over them, key by key; a section with a ``name`` (loss, solver, an optimizer), or an
+    empty one (``columns: {}``), replaces the whole section.
 
     Raises:
         ConfigError: a missing file, one that is no YAML mapping, or bases that go in a circle.
@@ -157,11 +157,12 @@ def read_chain(path: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[Pat
 
 
 def lay_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``below`` with the keys of ``tree``; a section with a ``name`` is replaced whole."""
+    """``below`` with the keys of ``tree``; one with a ``name``, or an empty one, is taken whole."""
     found = _copy(below)
     for key, value in tree.items():
         old = found.get(key)
-        merged = isinstance(value, Mapping) and isinstance(old, Mapping) and "name" not in value
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged = both and value and "name" not in value
         found[key] = lay_over(old, value) if merged else _copy(value)
     return found
 

@@ -26,14 +26,14 @@ _LOOK_AHEAD = 1000
 
 
 class RowError(ValueError):
-    """A row that cannot be used: which file, which row (from 1) and why."""
+    """A row that cannot be used: which file, which row (from 1), why, and what mends it."""
 
-    def __init__(self, file: str, row: int, reason: str, message: str):
+    def __init__(self, file: str, row: int, reason: str, message: str, mend: str = ""):
         super().__init__(message)
-        self.file, self.row, self.reason = file, row, reason
+        self.file, self.row, self.reason, self.mend = file, row, reason, mend
 
     def __reduce__(self) -> tuple[Any, ...]:  # it goes from process to process
-        return type(self), (self.file, self.row, self.reason, str(self))
+        return type(self), (self.file, self.row, self.reason, str(self), self.mend)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class RowFormat(NamedTuple):
             row = _parse_record(record, parse, reader)
             if isinstance(row, BadRow):
                 told = f"{record.file}:{record.row}: {row}"
-                yield RowError(record.file, record.row, row.reason, told)
+                yield RowError(record.file, record.row, row.reason, told, row.mend)
                 continue
             kept += 1
             if max_rows is not None and kept >= max_rows:
@@ -328,4 +328,4 @@ def _row_error(
         f"too): {mend}, or leave such rows out and have them counted: "
         "set data.on_bad_row: skip"
     )
-    return RowError(record.file, record.row, problem.reason, message)
+    return RowError(record.file, record.row, problem.reason, message, problem.mend)

@@ -330,6 +330,11 @@ class Binding:
 
 def _sums_in(batch: CompletionBatch) -> Float[Array, "examples n"]:
     """The reference log-probs that lie in a batch."""
+    if batch.reference_logprobs is None:
+        raise ValueError(
+            "batch.reference_logprobs is None, and this objective reads them there: lay them in "
+            "the batch, or make the objective with reference='online'"
+        )
     return batch.reference_logprobs.reshape(-1, batch.completion_tokens.shape[1])
 
 

@@ -95,7 +95,7 @@ def is_well_formed(completion: str) -> bool:
     return bool(space) and answer.isdigit()
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: str | Path) -> None:
     """A character-level tokenizer of the task, as a folder that ``transformers`` loads."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -184,7 +184,8 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
         """Show the state after ``step`` updates."""
         shown = [f"{short} {metrics[key]:.4g}" for key, short in _SHOWN if _is_number(metrics, key)]
-        shown.append(f"{tokens_per_second:,.0f} tok/s")
+        if tokens_per_second:  # not known before the second update
+            shown.append(f"{tokens_per_second:,.0f} tok/s")
         waiting = metrics.get("data_wait_share", 0.0)
         if waiting >= _MUCH_WAITING:
             shown.append(f"{waiting:.0%} waiting for data")

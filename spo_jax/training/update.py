@@ -161,8 +161,10 @@ def shard_state(
     """Run ``init(params, key)`` with every leaf made where it will live; state and shardings.
 
     ``donate`` gives the parameters' own buffers to the state; else they are copied, so that
-    a step which donates its state leaves ``params`` alive.
+    a step which donates its state leaves ``params`` alive. Parameters that lie elsewhere, on one
+    device, say, are moved to where they belong on ``mesh``.
     """
     shardings = tree_shardings(jax.eval_shape(init, params, key), mesh)
+    params = jax.device_put(params, tree_shardings(params, mesh))
     params = params if donate else jax.tree.map(jnp.copy, params)
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params, key), shardings

@@ -495,14 +495,17 @@ def test_a_file_is_laid_over_its_base(tmp_path):
     (tmp_path / "below.yaml").write_text(
         "seed: 3\nstages: [sft, preference]\ntrain: {steps: 5, batch_size: 4}\n"
         "loss: {name: simpo, beta: 2.0, gamma_beta_ratio: 0.5}\n"
+        "data: {columns: {prompt: question}, max_rows: 3}\nsft: {steps: 2}\n"
     )
     (tmp_path / "deeper").mkdir()
     path = tmp_path / "deeper" / "above.yaml"
     path.write_text(
         "base: ../below.yaml\nstages: [preference]\nloss: {name: dpo, beta: 0.1}\n"
-        "train: {batch_size: 8}\n"
+        "train: {batch_size: 8}\ndata: {columns: {}}\nsft: {}\n"
     )
     assert read_tree(path, {"train.steps": 6}) == {
+        "data": {"columns": {}, "max_rows": 3},
+        "sft": {},
         "seed": 3,
         "stages": ["preference"],
         "loss": {"name": "dpo", "beta": 0.1},

@@ -31,6 +31,7 @@ def test_what_a_run_asks_of_it():
     assert checked(reference__moving__alpha=1).reference.moving["alpha"] == 1
     assert moves(checked(lora={"rank": 4}, reference__moving__alpha=1))
     assert moves(checked(loss={"name": "kto", "beta": 0.1}))
+    assert moves(checked(model__param_dtype="bfloat16"))
 
 
 SIMPO = {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
@@ -48,6 +49,8 @@ SIMPO = {"name": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.5}
          ["reference.moving would be ignored: solver inner_only"]),
         ({"loss__length_desensitized": 0.5}, ["with loss.length_desensitized", "by token"]),
         ({"lora": {"rank": 4}}, ["reference.moving.alpha=0.6 with lora", "Set alpha: 1"]),
+        ({"model__param_dtype": "bfloat16", "reference__moving__alpha": 0.05},
+         ["alpha=0.05 with model.param_dtype=bfloat16", "stay 10 spacings behind", "float32"]),
         ({"dynamics__every": 10}, ["dynamics.every with reference.moving"]),
         ({"train__steps": 512}, ["reference.moving.every=512 would be ignored", "512 updates"]),
         ({"reference__moving": {"alpha": 0.6}}, ["needs reference.moving.every, a whole number"]),

@@ -29,7 +29,7 @@ loss: {name: simpo, beta: 2.0, gamma_beta_ratio: 0.5}
 TOP = """\
 base: base.yaml
 output_dir: "5e-7"
-outer: {schedule: linear, options: {}}
+outer: {schedule: linear}
 data: {chat_template: "a\\n  b: '#x'"}
 loss:
 - {name: dpo, beta: 0.1, weight: 1}
@@ -87,6 +87,17 @@ def test_each_value_says_who_set_it(chain):
     chain.with_name("again.yaml").write_text(text)
     again = load_config(chain.with_name("again.yaml"))
     assert without_unused(again) == without_unused(load_config(chain, words))
+
+
+def test_an_empty_section_takes_the_place_of_what_was_there(chain):
+    chain.write_text("base: base.yaml\nouter: {options: {}}\ndata: {columns: {}}\n")
+    assert load_config(chain).outer.options == {}
+    origins = find_origins(chain, {})
+    assert origins["outer", "options"] == ("top.yaml", {})
+    assert origins["outer", "learning_rate"][0] == "base.yaml"
+    assert not {("outer", "options", "b1"), ("data", "columns", "prompt")} & set(origins)
+    found = comments(resolved_text(chain, {}))
+    assert found["outer.options"] == found["data.columns"] == "top.yaml"
 
 
 def test_only_set_has_no_default(chain):

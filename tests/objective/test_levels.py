@@ -220,6 +220,12 @@ def test_gap_is_zero_at_the_reference():
         np.testing.assert_allclose(metrics["log_ratio/chosen"], 0, atol=1e-5)
 
 
+def test_reference_logprobs_that_are_not_there_are_named():
+    pairs = BilevelBatch(random_batch(reference=False))
+    with pytest.raises(ValueError, match=r"reference_logprobs is None.*reference='online'"):
+        gradient(levels(reference="precomputed"), pairs, (1.0, 1.0))
+
+
 def test_online_equals_precomputed():
     reference_params = MODEL.init(seed=1)
     online = BilevelBatch(random_batch(reference=False))

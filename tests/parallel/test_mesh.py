@@ -264,6 +264,18 @@ def test_eight_devices_take_the_step_of_one(on_one_device, sizes, q_shard):
         np.testing.assert_allclose(value, expected_metrics[key], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
+def test_parameters_that_lie_on_one_device_are_moved_to_the_mesh():
+    def init(params, key):
+        return TrainState(jnp.zeros((), jnp.int32), params, (), key)
+
+    mesh, params, key = make_mesh(data=1, fsdp=8), tiny_params(MODEL), jnp.zeros(2, jnp.uint32)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(params)} == {1}
+    state, shardings = shard_state(init, mesh, params, key)
+    assert jax.tree.map(lambda x: x.sharding, state.solver) == shardings.solver
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.solver))
+    jax.tree.map(np.testing.assert_array_equal, state.solver, params)
+
+
 @pytest.mark.parametrize("donate", [True, False])
 def test_the_start_lives_on_unless_it_is_donated(donate):
     """A step donates its state: without a copy it would take the start's buffers along."""

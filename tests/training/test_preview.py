@@ -97,6 +97,9 @@ def test_every_bad_row_is_named_and_the_error_is_that_of_training(write, capsys)
     section = json.loads(told.out)["sections"]["data"]
     assert [line.split(": ")[0] for line in section["bad_rows"]] == ["rows.jsonl:5", "rows.jsonl:6"]
     assert "chosen equals rejected" in section["bad_rows"][1]
+    assert [(x["reason"], x["rows"]) for x in section["bad_reasons"]] == [
+        ("broken JSON", [0]), ("chosen equals rejected", [1]),
+    ]  # fmt: skip
     last = told.err.splitlines()[-1]
     assert last == f"spo-jax: error: {section['error']}"
     assert "on_bad_row: skip" in last
@@ -104,6 +107,20 @@ def test_every_bad_row_is_named_and_the_error_is_that_of_training(write, capsys)
     written = json.loads(Path("facts.json").read_text())["sections"]["data"]
     assert written["bad_rows"] == section["bad_rows"]
     assert written["parts"]["train"]["rows"] == 32
+
+
+def test_bad_rows_of_one_cause_are_told_with_its_mend_once(write, capsys):
+    """A file with a wrong column, or an old exporter, has thousands of them."""
+    equal = {"prompt": "1", "chosen": "2", "rejected": "2"}
+    path = write([*PAIRS, *[equal] * 30, {"prompt": "1", "chosen": "", "rejected": "2"}])
+    assert main(["data", path, "--data.on-bad-row", "skip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("31 rows that cannot be used:")
+    assert lines[begin + 1] == "  30 × chosen equals rejected: mend the row"
+    assert lines[begin + 2].startswith(f"    rows.jsonl:{len(PAIRS) + 1}: chosen equals")
+    assert lines[begin + 22] == "    and 10 more, which --json lists"
+    assert lines[begin + 23] == "  1 × empty chosen: mend the row"
+    assert "rows.jsonl:" in lines[begin + 24]
 
 
 def test_text_has_marks_or_colours(write, monkeypatch, capsys):

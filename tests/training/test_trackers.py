@@ -79,6 +79,8 @@ def test_progress_without_a_terminal(capsys):
     assert shown[1].startswith("preference 2/20 ")
     assert shown[-1] == "WARNING something"
 
+    progress.update(20, {"loss": 0.5}, 0.0)  # a first update: no time to divide by
+    assert capsys.readouterr().err.splitlines() == ["preference 20/20  loss 0.5"]
     progress.update(20, {"loss": 0.5, "data_wait_share": 0.04}, 1234.0)
     progress.update(20, {"loss": 0.5, "data_wait_share": 0.25}, 1234.0)
     few, much = capsys.readouterr().err.splitlines()

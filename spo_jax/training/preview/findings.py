@@ -135,14 +135,14 @@ def _section(
         errors.append(error)
         facts["error"] = str(error)
         if isinstance(error, RowError):
-            facts["bad_rows"] = _bad(sources, outline)
+            facts |= _bad(sources, outline)
         return facts
     read[section] = rows
     facts["reports"] = {
         label: {**dataclasses.asdict(report), "text": str(report)} for label, report in rows.reports
     }
     if any(isinstance(of, FormatReport) and of.bad for _, of in rows.reports):
-        facts["bad_rows"] = _bad(sources, outline)
+        facts |= _bad(sources, outline)
     parts = {"train": (rows.train, sources.train)}
     if rows.heldout is not None:
         held = sources.train if sources.heldout is None else [sources.heldout]
@@ -190,9 +190,20 @@ def _data(config: Config, section: str, work: Path) -> tuple[DataConfig | None, 
     return data, None
 
 
-def _bad(sources: Sources, outline: Outline) -> list[str]:
+def _bad(sources: Sources, outline: Outline) -> dict[str, Any]:
+    """Every bad row in words, and what is wrong with how many of them, with its mend."""
     read = [*sources.train, *([] if sources.heldout is None else [sources.heldout])]
-    return [str(error) for source in read for error in bad_rows(source, outline.tokenizer)]
+    errors = [error for source in read for error in bad_rows(source, outline.tokenizer)]
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for number, error in enumerate(errors):
+        reasons.setdefault((error.reason, error.mend or "mend the row"), []).append(number)
+    return {
+        "bad_rows": [str(error) for error in errors],
+        "bad_reasons": [
+            {"reason": reason, "mend": mend, "rows": rows}
+            for (reason, mend), rows in sorted(reasons.items(), key=lambda x: -len(x[1]))
+        ],
+    }
 
 
 def _part(rows: TokenizedRows, kind: str) -> dict[str, Any]:

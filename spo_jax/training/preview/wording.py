@@ -21,6 +21,7 @@ _WORDS = {
 _MOST = {CUT: 24}
 _MOST_ELSE = 160
 _WIDTH = 40
+_SHOWN_BAD = 20
 _SIGNS = {"\n": "⏎", "\t": "⇥", "": "▯"}
 
 
@@ -66,7 +67,12 @@ def _section(section: Mapping[str, Any], colour: bool) -> Iterator[str]:
         yield section["note"]
     if section.get("bad_rows"):
         yield f"{len(section['bad_rows'])} rows that cannot be used:"
-        yield from (f"  {line}" for line in section["bad_rows"])
+        for reason in section["bad_reasons"]:
+            yield f"  {len(reason['rows'])} × {reason['reason']}: {reason['mend']}"
+            yield from (f"    {section['bad_rows'][i]}" for i in reason["rows"][:_SHOWN_BAD])
+            more = len(reason["rows"]) - _SHOWN_BAD
+            if more > 0:
+                yield f"    and {more} more, which --json lists"
     if "error" in section:
         yield f"NOT TO BE TRAINED ON: {section['error']}"
         return
