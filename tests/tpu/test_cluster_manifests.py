@@ -147,9 +147,33 @@ def test_the_container_runs_a_command_of_ours(jobset):
     options = parsed(words)
     assert options.distributed
     assert options.resume
+    assert words[-2:] == ["--output-dir", "${STORE:-$SHARED}/runs/quickstart"]
     (mount,) = container["volumeMounts"]
-    assert f"--output-dir {mount['mountPath']}/" in command
     assert {"name": "SHARED", "value": mount["mountPath"]} in container["env"]
+    assert {"name": "STORE", "value": ""} in container["env"]
+
+
+def test_with_a_bucket_nothing_is_mounted():
+    """As the head of the manifest says: the marked lines go, and STORE is set."""
+    lines = (TPU / "gke" / "jobset.yaml").read_text().splitlines()
+    text = "\n".join(line for line in lines if not line.endswith("# mount"))
+    text = text.replace('value: "" # or gs://BUCKET/PATH', "value: gs://bucket/path")
+    document = yaml.load(text, _Strict)
+    assert valid(document)
+    (container,) = pod_of(document)["containers"]
+    assert "volumes" not in pod_of(document)
+    assert "volumeMounts" not in container
+    assert "/mnt/shared" not in text.partition("apiVersion")[2]
+    variables = {x["name"]: x["value"] for x in container["env"] if "value" in x}
+    assert variables == {"STORE": "gs://bucket/path"}
+    (script,) = container["args"]
+    said = "spo-jax() { echo $JAX_COMPILATION_CACHE_DIR; printf '%s\\n' \"$@\"; };"
+    run = ["bash", "-ec", said + script.replace("exec ", "")]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/root", **variables}
+    told = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "gs://bucket/path/cache/jax" in told.stdout
+    assert "gs://bucket/path/runs/quickstart" in told.stdout
 
 
 def test_the_volume_is_the_claim_of_storage(jobset):
