@@ -30,14 +30,14 @@ from spo_jax.config.parsing import (
     nearest,
     override,
 )
-from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.schema import BUILTIN_TASK, Config, ModelConfig
 from spo_jax.config.validation import checked_config
 from spo_jax.evaluation.answers import make_exam, take_exam
 from spo_jax.models import save_pretrained
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.parallel.processes import say
 from spo_jax.parallel.stores import check_local
-from spo_jax.policies.loading import Policy, load_policy
+from spo_jax.policies.loading import Policy, as_trained, load_policy
 from spo_jax.sampling.builtin import PAIRS_FILE
 from spo_jax.sampling.make_pairs import make_pairs
 from spo_jax.study.grid import pair_options, read_over_base
@@ -121,12 +121,12 @@ def _check(plan: RoundsConfig) -> None:
         raise ConfigError(
             f"pairs.data has {len(files)} files for {plan.rounds} rounds: one for each"
         )
-    if (plan.run.get("lora") or {}).get("rank") is not None:
-        raise ConfigError(
-            "run.lora in rounds: a round begins from whole weights. Set lora.rank to null"
-        )
     for number in range(1, plan.rounds + 1):
-        round_config(plan, number)
+        if round_config(plan, number).lora.quantize is not None:
+            raise ConfigError(
+                "run.lora.quantize in rounds: each would round to 4 bits what the one before has "
+                "learnt. Set lora.quantize to null"
+            )
         if plan.pairs:
             _pair_options(plan, number)
 
@@ -271,12 +271,18 @@ def _run(plan: RoundsConfig, number: int) -> dict[str, Any]:
 def _extrapolated(plan: RoundsConfig, number: int, policy: Policy) -> Policy:
     """The policy of a round carried on, and its folder written."""
     config, mesh = round_config(plan, number), policy.model.mesh
+
+    def params_of(model: ModelConfig) -> Params:
+        with tempfile.TemporaryDirectory() as work:
+            return load_policy(model, mesh, seed=config.seed, work=Path(work)).params
+
     before = config.model
     if number > 1:
         before = dataclasses.replace(before, path=str(folder_of(plan, number - 1)))
-    with tempfile.TemporaryDirectory() as work:
-        old = load_policy(before, mesh, seed=config.seed, work=Path(work))
-    params = extrapolate(policy.params, old.params, plan.extrapolation)
+    new = policy.params
+    if config.lora.rank is not None:  # training leaves a base with adapters beside it
+        new = params_of(as_trained(folder_of(plan, number)))
+    params = extrapolate(new, params_of(before), plan.extrapolation)
     folder, source = folder_of(plan, number) / POLICY, policy.folder
     dtype = config.model.param_dtype
     save_pretrained(folder, params, policy.model, source=source, dtype=dtype, overwrite=True)

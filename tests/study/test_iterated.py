@@ -121,7 +121,10 @@ PAIRS = {"data": "a.jsonl", "task": "gsm8k"}
             {"run": OF_FILES, "pairs": {**PAIRS, "data": ["a.jsonl"]}},
             "1 files for 2 rounds",
         ),
-        ({"run": {**RUN, "lora": {"rank": 4}}}, "run.lora in rounds"),
+        (
+            {"run": {**OF_FILES, "lora": {"rank": 4, "quantize": "nf4"}}, "pairs": PAIRS},
+            "run.lora.quantize in rounds",
+        ),
         ({"run": {**RUN, "train": {"steps": 2, "bach_size": 8}}}, "round 1: unknown key"),
     ],
 )
@@ -171,6 +174,29 @@ def test_rounds_are_carried_on_from_what_they_were_trained_to(done):
     assert max(jax.tree.leaves(moved)) > 1e-5
     saved = yaml.safe_load((folder_of(plan, 2) / "config.yaml").read_text())
     assert saved["model"]["path"] == policy_path(plan, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("extrapolation", [0.0, 0.5])
+def test_each_round_trains_adapters_on_what_the_one_before_left(done, tmp_path, extrapolation):
+    model = {"path": policy_path(read_rounds(done), 1)}
+    run = {**RUN, "model": model, "lora": {"rank": 2}, "outer": {"learning_rate": 1e-2}}
+    path = written(tmp_path, run=run, extrapolation=extrapolation)
+    assert main(["rounds", str(path)]) == 0
+    plan = read_rounds(path)
+    base = json.loads((folder_of(plan, 2) / "base.json").read_text())
+    assert base["path"] == policy_path(plan, 1)
+    one, two = (params_of(folder_of(plan, k)) for k in (1, 2))
+    began = params_of(folder_of(plan, 1) / "policy") if extrapolation else one
+    moved = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), two, began)
+    assert moved["embed"]["embedding"] == 0  # no adapter there
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    if extrapolation:
+        carried = params_of(folder_of(plan, 2) / "policy")
+        expected = jax.tree.map(lambda new, old: new + 0.5 * (new - old), two, one)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), carried, expected
+        )
 
 
 @pytest.mark.long
