@@ -25,6 +25,9 @@ def add_commands(commands: Any) -> None:
         usage="spo-jax rounds CONFIG [--KEY VALUE ...]",
     )
     rounds.add_argument("config", metavar="CONFIG", help="YAML file of rounds")
+    rounds.add_argument(
+        "--resume", action="store_true", help="changes nothing: rounds go on where they stopped"
+    )
     rounds.set_defaults(command_function=_rounds, takes_keys=True)
 
 

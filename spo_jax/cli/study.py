@@ -30,6 +30,9 @@ def add_commands(commands: Any) -> None:
     study.add_argument(
         "--page-only", action="store_true", help="run nothing: the page of what is finished"
     )
+    study.add_argument(
+        "--resume", action="store_true", help="changes nothing: a study goes on where it stopped"
+    )
     study.set_defaults(command_function=_study, takes_keys=True)
 
 

@@ -62,6 +62,7 @@ def test_what_is_not_there_is_one_error(name):
         ("plan", "plan/llama_1b", ["--topology", "gpu:8", "--chip", "h100",
                                    "--architecture", "nowhere.json"], "nowhere.json"),
         ("study", "study_long", ["--page-only"], "no run is finished"),
+        ("study", "study_long", ["--resume", "--page-only"], "no run is finished"),
     ],
 )  # fmt: skip
 def test_a_command_names_the_file_it_took(capsys, command, name, flags, says):
