@@ -415,3 +415,12 @@ def test_what_is_not_the_tokens_own_is_taken_off(script):
     linear_cost = script("linear_cost")
     cost = linear_cost.Cost(step=1.0, weights=0.25, attention=0.5)
     assert cost.per_token(linear_cost.Case(2, 1000)) == (500.0, 125.0)
+
+
+@pytest.mark.long
+def test_experts_are_timed_beside_every_one(script, monkeypatch, capsys):
+    experts = script("experts")
+    monkeypatch.setitem(experts.LAYERS, "mixtral", experts.Sizes(4, 2, 8, 16))
+    experts.main(["--layers", "mixtral", "--tokens", "32", "--steps", "1"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"mixtral \(2 of 4\): picked_experts \d+ ms, every_expert .*as fast", line)

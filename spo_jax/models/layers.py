@@ -22,6 +22,7 @@ from spo_jax.models.architecture import (
     Execution,
     PerLayer,
 )
+from spo_jax.models.experts import Matrices, picked_experts
 from spo_jax.models.lora import LORA
 from spo_jax.models.nf4 import dequantize
 from spo_jax.models.rope import frequency_table, own_rotation, rotate, rotation
@@ -141,10 +142,8 @@ class _Kernels(nn.Module):
 class Experts(_Projecting):
     """``sum_e p_e MLP_e(x)``, the MLPs that a router picks: Shazeer et al., arXiv 1701.06538.
 
-    A scan over all experts: each computes every token, and weighs those that did not pick it by 0.
-    That is ``num_experts / experts_per_token`` times the arithmetic that is needed, in memory for
-    one expert, with no token left out, wherever tokens and matrices lie. No loss keeps the experts
-    evenly busy.
+    Each computes the tokens that picked it (``picked_experts``), none is left out. No loss keeps
+    the experts evenly busy.
     """
 
     @nn.compact
@@ -155,25 +154,17 @@ class Experts(_Projecting):
         best, picked = jax.lax.top_k(found, c.experts_per_token)
         if c.normed_routes:
             best /= jnp.sum(best, axis=-1, keepdims=True)
-        chosen = picked[..., None] == jnp.arange(c.num_experts)
-        shares = jnp.sum(jnp.where(chosen, best[..., None], 0), axis=-2)
 
         def kernels(name: str, rows: int, columns: int):
             shape = (c.num_experts, rows, columns)
             return _Kernels(shape, c.initializer_range, e.param_dtype, name=name)()
 
         wide = (c.hidden_size, c.expert_size)
-        matrices = kernels("gate", *wide), kernels("up", *wide), kernels("down", *wide[::-1])
-
-        @jax.checkpoint
-        def add(total, expert):
-            gate, up, down = (matrix.astype(e.compute_dtype) for matrix in expert[0])
-            inner = ACTIVATIONS[c.activation](x @ gate) * (x @ up)
-            out = jnp.matmul(inner, down, preferred_element_type=jnp.float32)
-            return total + expert[1][..., None] * out, None
-
-        start = jnp.zeros(x.shape, jnp.float32)
-        total, _ = jax.lax.scan(add, start, (matrices, jnp.moveaxis(shares, -1, 0)))
+        matrices = Matrices(
+            kernels("gate", *wide), kernels("up", *wide), kernels("down", *wide[::-1])
+        )
+        activation = ACTIVATIONS[c.activation]
+        total = picked_experts(x, best, matrices, picked, activation=activation, mesh=e.mesh)
         return total.astype(e.compute_dtype)
 
 

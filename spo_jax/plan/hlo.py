@@ -97,6 +97,8 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), "
                        r"false_computation=%?([\w.\-]+))")  # fmt: skip
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ABOUT = re.compile(r'op_name="[^"]*/about_(\d+)_turns/while"')
+"""A loop that the data ends, in a scope that says how often it turns on average."""
 
 
 def read_module(text: str) -> Module:
@@ -216,10 +218,10 @@ def unknown_loops(module: Module) -> int:
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
     """How often a ``while`` turns, or ``None``.
 
-    As XLA notes it (``known_trip_count``), else from its counter: where it starts, what each
-    turn adds, what the condition compares it with.
+    As XLA notes it (``known_trip_count``), or the scope it was traced in; else from its counter:
+    where it starts, what each turn adds, what the condition compares it with.
     """
-    known = _KNOWN.search(loop.attributes)
+    known = _KNOWN.search(loop.attributes) or _ABOUT.search(loop.attributes)
     if known:
         return int(known[1])
     condition, body = (

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from spo_jax.models.experts import Matrices, picked_experts
 from spo_jax.parallel.mesh import make_mesh
 from spo_jax.plan.counts import Unreadable, collectives, count, memory_traffic, products
 from spo_jax.plan.hlo import Array, read_module, trip_count, unknown_loops, visits
@@ -89,6 +90,21 @@ def test_a_loop_that_data_ends_is_counted_once_and_said_so():
     assert loops(module) == [None]
     assert unknown_loops(module) == 1
     assert products(module).flops == 2 * 4 * 8 * 8
+
+
+def test_a_loop_that_says_how_often_it_turns_on_average_is_counted_so():
+    """An expert's tokens: 512 choices, 8 experts, blocks of 32."""
+    given = shape(4, 64, 16), shape(4, 64, 2), shape(8, 16, 32), shape(8, 16, 32), shape(8, 32, 16)
+
+    def layer(x, shares, *matrices):
+        picked = jnp.zeros(shares.shape, jnp.int32)
+        return picked_experts(x, shares, Matrices(*matrices), picked, activation=jnp.tanh)
+
+    module = module_of(layer, *given)
+    assert unknown_loops(module) == 0
+    assert 2 in loops(module)
+    in_products = 8 * 2 * 32 * 3 * 2 * 16 * 32
+    assert products(module).flops == pytest.approx(in_products, rel=0.02)  # and the weighing
 
 
 def test_batched_products_and_their_gradient():
