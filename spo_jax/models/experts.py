@@ -202,8 +202,13 @@ def _gathered(expert: Matrices, axes: _Axes, dtype) -> Matrices:
     )
 
 
-def _summed(grads: Matrices, axes: _Axes) -> Matrices:
-    """Over the devices that have other rows, each with its part as the matrices are cut."""
+def _summed(grads: Matrices, axes: _Axes, dtype) -> Matrices:
+    """Over the devices that have other rows, each with its part as the matrices are cut.
+
+    They travel in the dtype of the products, as the partitioner sends those of other matrices.
+    """
+    if axes.rows:
+        grads = jax.tree.map(lambda x: x.astype(dtype), grads)
     others = tuple(name for name in axes.rows if name not in axes.model)
     if others:
         grads = jax.tree.map(lambda x: jax.lax.psum(x, others), grads)
@@ -291,7 +296,7 @@ def _backward(x, shares, matrices, picked, cotangent, *, activation: Activation,
 
         zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), whole)
         *carry, grads = routes.each_block(count, block, (*carry, zeros))
-        grads = _summed(grads, axes)
+        grads = _summed(grads, axes, x.dtype)
         return tuple(carry), jax.tree.map(lambda g, m: g.astype(m.dtype), grads, mine)
 
     room = routes.room(rows.shape[1:], x.dtype), routes.room((), jnp.float32)
