@@ -142,7 +142,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
      "lora_target_parameters lora_modules_to_save"),
     (NOT_YET, "quantized weights; with adapters set lora.quantize",
      "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"),
-    (NOT_YET, "mixture-of-experts models", "router_aux_loss_coef"),
+    (NOT_YET, "a loss that keeps experts evenly busy", "router_aux_loss_coef"),
     (NOT_YET, "streamed data: give a file or a folder", "dataset_streaming streaming"),
     (NOT_YET, "a revision of the hub: give the folder of it", "model_revision"),
     (NOT_YET, "activations kept on the host", "activation_offloading"),
