@@ -15,12 +15,15 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import filelock
+
 from spo_jax.parallel.copies import array_folder, stands_for
 from spo_jax.parallel.lease import PERIOD, Lease, LeaseLost
 from spo_jax.parallel.processes import is_first, keep_in_step, out_of_step, say
 from spo_jax.parallel.stores import COMMITTED, DIRECT, BucketError, Entry, Store
 
 _LEFT_OUT = (".lock", ".lease", ".copying")
+_COPIES, _COPY_LOCK = "spo_jax_run_", ".lock_of_copy"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -33,7 +36,7 @@ class Mirror:
 
     def __init__(self, url: str, lease: Lease | None = None, *, period: float = PERIOD):
         self.store = Store(url)
-        self.folder = Path(tempfile.mkdtemp(prefix="spo_jax_run_"))
+        self.folder, self._lock = _new_copy()
         self._lease, self._period = lease, period
         self._direct = self.store.scheme in DIRECT
         self._sent: dict[str, tuple[int, int]] = {}  # by name: time and size of the file
@@ -144,6 +147,27 @@ class Mirror:
     def remove(self) -> None:
         """Remove the local folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+
+def _new_copy() -> tuple[Path, filelock.BaseFileLock]:
+    """An empty folder, and a lock that is gone with this process.
+
+    Copies that killed runs have left on this machine, whose locks nobody holds, are removed.
+    """
+    for lock in Path(tempfile.gettempdir()).glob(f"{_COPIES}*/{_COPY_LOCK}"):
+        with suppress(OSError, filelock.Timeout), _lock(lock).acquire(timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_COPIES))
+        lock = _lock(folder / _COPY_LOCK)
+        lock.acquire()
+        if folder.is_dir():  # and nobody took it for an old one before it was locked
+            return folder, lock
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    return filelock.FileLock(path, fallback_to_soft=False)
 
 
 def _state(path: Path) -> tuple[int, int]:

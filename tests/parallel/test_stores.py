@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -277,6 +278,26 @@ def test_a_mirror_sends_what_changes_and_takes_over_what_is_there(url):
     Lease(store).take()  # it was given back
 
 
+def test_copies_that_killed_runs_left_are_removed(url, tmp_path, monkeypatch):
+    """A machine whose runs are killed again and again keeps one copy, not all of them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    living, left, other = Mirror(url), tmp_path / "spo_jax_run_left", tmp_path / "spo_jax_run_x"
+    for folder, name in ((left, ".lock_of_copy"), (left, "weights"), (other, "not ours")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+    new = Mirror(url)
+    assert new.folder.is_dir()
+    assert (living.folder / ".lock_of_copy").exists()
+    assert not left.exists()
+    assert (other / "not ours").exists()
+    (new.folder / "a").write_text("1")
+    new.send()
+    assert set(new.store.entries()) == {"a"}
+    for mirror in (living, new):
+        mirror.remove()
+    assert sorted(path.name for path in tmp_path.glob("spo_jax_run_*")) == [other.name]
+
+
 def test_another_process_takes_over_what_the_first_one_sends(url, tmp_path):
     writer, reader = Mirror(url), Mirror(url)
     (writer.folder / "a").mkdir()
@@ -288,7 +309,8 @@ def test_another_process_takes_over_what_the_first_one_sends(url, tmp_path):
     (writer.folder / "c").write_text("2")
     writer.send()
     reader.fetch()
-    assert [p.name for p in reader.folder.rglob("*") if p.is_file()] == ["c"]
+    there = [p.name for p in reader.folder.rglob("*") if p.is_file()]
+    assert sorted(there) == [".lock_of_copy", "c"]
     for mirror in (writer, reader):
         mirror.remove()
         assert not mirror.folder.exists()
