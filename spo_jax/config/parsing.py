@@ -360,7 +360,7 @@ def _with_defaults(saved: Mapping[str, Any], section: Any) -> dict[str, Any]:
         if field.name not in tree:
             tree[field.name] = _plain(default)
         elif dataclasses.is_dataclass(default) and not isinstance(default, Named):
-            tree[field.name] = _with_defaults(tree[field.name], default)
+            tree[field.name] = _with_defaults(tree[field.name] or {}, default)
     return tree
 
 

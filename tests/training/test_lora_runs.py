@@ -193,8 +193,11 @@ def test_a_run_of_all_weights_has_no_adapters(run, tmp_path, capsys):
         (full / stage / "base.json").unlink()
         saved = read_tree(full / stage / "config.yaml")
         (full / stage / "config.yaml").write_text(yaml.safe_dump(saved | {"lora": None}))
+    config = checked_config(tree | {"output_dir": str(full)})
+    with pytest.raises(ValueError, match=r"lora\.rank: None -> 3 .*--allow-changes"):
+        train(config, mesh=two(), resume=True)
     with pytest.raises(ValueError, match=r"sft trains all weights, and lora\.rank is set"):
-        train(checked_config(tree | {"output_dir": str(full)}), mesh=two(), resume=True)
+        train(config, mesh=two(), resume=True, allow_changes=True)
     assert main(["export", str(full), str(tmp_path / "x"), "--adapter"]) == 2
     assert "it has no adapters to export: leave --adapter out" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
