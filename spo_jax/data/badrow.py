@@ -8,7 +8,7 @@ from typing import Any
 class BadRow(Exception):
     """What is wrong with a row: a countable ``reason``, and ``detail`` for the one row."""
 
-    def __init__(self, reason: str, detail: str = "", mend: str = ""):
+    def __init__(self, reason: str, detail: str = "", mend: str = "mend the row"):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail, self.mend = reason, detail, mend
 

@@ -28,7 +28,7 @@ _LOOK_AHEAD = 1000
 class RowError(ValueError):
     """A row that cannot be used: which file, which row (from 1), why, and what mends it."""
 
-    def __init__(self, file: str, row: int, reason: str, message: str, mend: str = ""):
+    def __init__(self, file: str, row: int, reason: str, message: str, mend: str):
         super().__init__(message)
         self.file, self.row, self.reason, self.mend = file, row, reason, mend
 
@@ -322,10 +322,9 @@ def _row_error(
 ) -> RowError:
     ahead = list(itertools.islice(rest, _LOOK_AHEAD))
     more = sum(isinstance(_parse_record(r, layout, reader), BadRow) for r in ahead)
-    mend = problem.mend or "mend the row"
     message = (
         f"{record.file}:{record.row}: {problem} ({more} of the next {len(ahead)} rows are bad "
-        f"too): {mend}, or leave such rows out and have them counted: "
+        f"too): {problem.mend}, or leave such rows out and have them counted: "
         "set data.on_bad_row: skip"
     )
     return RowError(record.file, record.row, problem.reason, message, problem.mend)

@@ -143,7 +143,7 @@ def _content(content: Any, what: str, field: str, has_calls: bool) -> str:
         return "".join(_part(part, what, field) for part in content)
     if not isinstance(content, str):
         detail = f"{what} is {kind_of(content)}, expected a string"
-        mend = ""
+        mend = "mend the row"
         if content is None:
             detail += "; null is for an assistant's turn with tool_calls alone"
             mend = "give the turn its content, or its tool_calls"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from spo_jax.models.second_order import pullback_of_gradient
 from spo_jax.parallel.constraints import ROWS, parts
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 16
@@ -79,7 +80,6 @@ def picked_experts(
     ``fsdp``. What its axes do not divide is not cut.
     """
     run = _placed(x.shape, matrices.gate.shape, activation, mesh)
-    plain = functools.partial(every_expert, activation=activation)
 
     @jax.custom_vjp
     def forward(x, shares, matrices, picked):
@@ -99,12 +99,12 @@ def picked_experts(
         return backward(*given), given
 
     def backward_pullback(saved, cotangents):
-        x, shares, matrices, picked, cotangent = saved
+        *given, picked, cotangent = saved
 
-        def gradient(x, shares, matrices, cotangent):
-            return jax.vjp(lambda *a: plain(*a, picked), x, shares, matrices)[1](cotangent)
+        def plain(x, shares, matrices):
+            return every_expert(x, shares, matrices, picked, activation=activation)
 
-        *found, last = jax.vjp(gradient, x, shares, matrices, cotangent)[1](cotangents)
+        *found, last = pullback_of_gradient(plain, tuple(given), cotangent, cotangents)
         return *found, None, last
 
     forward.defvjp(forward_pass, forward_pullback)

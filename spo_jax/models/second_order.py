@@ -8,6 +8,23 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+
+def pullback_of_gradient(
+    plain: Callable[..., Any], given: tuple[Any, ...], cotangent: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    """Where the gradient of ``plain(*given)`` is differentiated: what its inputs get of it.
+
+    ``cotangent`` is what that gradient was pulled back from, ``cotangents`` are those of its
+    results. Returns those of ``given`` and, last, of ``cotangent``.
+    """
+
+    def gradient(*inputs):
+        *given, cotangent = inputs
+        return jax.vjp(plain, *given)[1](cotangent)
+
+    return jax.vjp(gradient, *given, cotangent)[1](cotangents)
+
+
 OUT = 4
 """The place of the output among what a pullback may hold."""
 
@@ -59,11 +76,11 @@ def with_second_derivative(kernel: Callable[..., Any], plain: Callable[..., Any]
         def backward_pullback(saved, cotangents):
             q, k, v, segment_ids, cotangent = saved
 
-            def gradient(q, k, v, cotangent):
-                return jax.vjp(lambda *x: plain(*x, segment_ids, window), q, k, v)[1](cotangent)
+            def seen(q, k, v):
+                return plain(q, k, v, segment_ids, window)
 
             # The output and what was kept are functions of q, k and v: their derivative is whole.
-            *found, last = jax.vjp(gradient, q, k, v, cotangent)[1](cotangents)
+            *found, last = pullback_of_gradient(seen, (q, k, v), cotangent, cotangents)
             return *found, None, None, None, last
 
         forward.defvjp(forward_pass, forward_pullback)

@@ -144,9 +144,9 @@ def _record_prompt(record: Record, reader: Reader, templated: bool) -> Prompt:
             raise BadRow(record.reason, record.detail)
         return read_prompt(record.fields, reader, templated=templated)
     except BadRow as problem:
-        mend = problem.mend or "mend the row"
-        message = f"{record.file}:{record.row}: {problem}: {mend}, or leave it out"
-        raise RowError(record.file, record.row, problem.reason, message) from problem
+        message = f"{record.file}:{record.row}: {problem}: {problem.mend}, or leave it out"
+        place = record.file, record.row
+        raise RowError(*place, problem.reason, message, problem.mend) from problem
 
 
 class Partial:

@@ -196,7 +196,7 @@ def _bad(sources: Sources, outline: Outline) -> dict[str, Any]:
     errors = [error for source in read for error in bad_rows(source, outline.tokenizer)]
     reasons: dict[tuple[str, str], list[int]] = {}
     for number, error in enumerate(errors):
-        reasons.setdefault((error.reason, error.mend or "mend the row"), []).append(number)
+        reasons.setdefault((error.reason, error.mend), []).append(number)
     return {
         "bad_rows": [str(error) for error in errors],
         "bad_reasons": [
