@@ -54,6 +54,7 @@ RANGES: Mapping[type, Mapping[str, Range]] = {
         "regularizer_weight": _NOT_NEGATIVE,
         "reward_calibration": _DECAY,
         "tracked_steps": _COUNT,
+        "validation_fraction": _SHARE,
     },
     OptimizerConfig: {
         "final_ratio": _NOT_NEGATIVE,

@@ -155,6 +155,11 @@ class ObjectiveConfig:
         "of the policy that takes steps of the section inner) | a number",
     )
     tracked_steps: int = _key(1, "inner steps of the tracked copy an update")
+    validation_fraction: float | None = _key(
+        None,
+        "share of the training prompts to set aside: the gap that the solver sees is that of their "
+        "chosen completions, which no update trains on (by inner_batch_size an update)",
+    )
     reward_calibration: float | None = _key(
         None, "RC: the loss's two gradients rebalanced, by a running mean of this decay (0.98)"
     )
@@ -217,7 +222,9 @@ class LoopConfig:
 class PreferenceLoopConfig(LoopConfig):
     """Length and rhythm of the preference stage."""
 
-    inner_batch_size: int | None = _key(None, "rows of sft_data per update (default: batch_size)")
+    inner_batch_size: int | None = _key(
+        None, "SFT rows per update: of the inner level, or to measure the gap (default: batch_size)"
+    )
     alarm_log_ratio: float = _key(
         -2.0, "chosen log-ratio (nats) below which a growing margin raises the displacement alarm"
     )

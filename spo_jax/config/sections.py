@@ -148,6 +148,25 @@ def _validate_calibration(config: Config, *, unpaired: bool) -> None:
         )
 
 
+def _validate_validation(config: Config) -> None:
+    """``objective.validation_fraction``, where it is set."""
+    objective = config.objective
+    name = f"objective.validation_fraction={objective.validation_fraction}"
+    if not uses_gap(config.solver):
+        raise ConfigError(
+            f"{name} would be paid for and ignored: the gap has no part in the updates of solver "
+            f"{config.solver.name} as it is set. Choose primal_dual, penalty with penalty: hinge "
+            "or squared_hinge, dynamic_barrier or max_level; or leave it out"
+        )
+    for key, other in (("inner_data", "chosen"), ("inner_value", "reference")):
+        value = getattr(objective, key)
+        if value != other:
+            raise ConfigError(
+                f"{name} with objective.{key}={value}: it measures the gap of chosen completions "
+                f"to the reference. Leave one of the two out"
+            )
+
+
 def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
     """The sections ``objective`` and ``reference``; ``given`` are the keys somebody set."""
     objective, reference = config.objective, config.reference
@@ -174,6 +193,8 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
             f"objective.tracked_steps={objective.tracked_steps} would be ignored: "
             f"objective.inner_value is {objective.inner_value}"
         )
+    if objective.validation_fraction is not None:
+        _validate_validation(config)
     loss = bound_loss(config.loss)
     if loss.excess_weights and loss.needs_reference and reference.mode != "online":
         raise ConfigError(
@@ -218,6 +239,7 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
         f"loss {config.loss.name}": loss.needs_reference,
         "objective.inner_value: reference": objective.inner_value == "reference",
         "objective.regularizer: hinge": objective.regularizer == "hinge",
+        "objective.validation_fraction": objective.validation_fraction is not None,
     }
     for who, needed in needs.items():
         if needed:

@@ -150,9 +150,11 @@ def validate(config: Config, given: Mapping[str, Any] | None = None) -> None:
                 "objective.inner_data=own reads the answers beside data.train, and data.mix has "
                 "several files: use inner_data chosen or sft, or one file"
             )
-        if config.train.inner_batch_size and config.objective.inner_data == "chosen":
+        beside = config.objective.inner_data != "chosen" or config.objective.validation_fraction
+        if config.train.inner_batch_size and not beside:
             raise ConfigError(
-                "train.inner_batch_size would be ignored: objective.inner_data is chosen"
+                "train.inner_batch_size would be ignored: objective.inner_data is chosen, and "
+                "objective.validation_fraction is not set"
             )
         if "outer" not in unused_sections(config):
             validate_optimizer("outer", config.outer)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 
 from spo_jax.data.chunks import COUNTED, ChunkEncoder, IdChunk
 from spo_jax.data.mixture import Mixture
+from spo_jax.types import CHOSEN
 
 _FREED_AT_ONCE = 8
 _PERCENTILES = (50, 90, 99, 100)
@@ -94,6 +95,25 @@ class TokenizedRows:
             completion_offsets=_offsets(self.completion_lengths[kept].ravel()),
             source_rows=self.source_rows[kept],
             desirable=None if self.desirable is None else self.desirable[kept],
+        )
+
+    def chosen(self) -> TokenizedRows:
+        """Rows of one completion: of pairs the chosen, of unpaired rows those that are desirable.
+
+        A mixture's weights are left behind.
+        """
+        rows = self if self.desirable is None else self.take(self.desirable)
+        lengths = rows.completion_lengths
+        first = np.arange(lengths.shape[1]) == CHOSEN
+        kept = np.repeat(np.broadcast_to(first, lengths.shape).ravel(), lengths.ravel())
+        return dataclasses.replace(
+            rows,
+            completion_ids=rows.completion_ids[kept],
+            completion_mask=rows.completion_mask[kept],
+            completion_offsets=_offsets(lengths[:, CHOSEN]),
+            num_completions=1,
+            desirable=None,
+            mixture=None,
         )
 
     @cached_property

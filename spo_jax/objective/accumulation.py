@@ -201,6 +201,8 @@ class _UpdateLevels:
             # An SFT run without a reference has no inner value to compare with.
             if self.binding.inner_value != "reference" or self.binding.paired_inner_value:
                 metrics |= {"inner_value": value, "gap": gap}
+            if self.binding.gap_is_measured:
+                metrics["batch_gap"] = total.inner - total.reference_inner
         statistics = total.statistics if wants_outer else self.state.statistics
         state = self.state._replace(statistics=statistics, inner_value=running)
         if wants_outer and self.binding.factor is not None:
@@ -211,6 +213,8 @@ class _UpdateLevels:
     def _inner_value(self, total: Terms) -> tuple[Scalar, Any]:
         """The estimate of the smallest inner loss, and the running minimum after this batch."""
         kind, running = self.binding.inner_value, self.state.inner_value
+        if self.binding.gap_is_measured:  # that of other rows: the value makes it these rows' too
+            return total.inner - running, running
         if kind == "tracked":
             return running, running
         if kind == "reference":

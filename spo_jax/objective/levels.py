@@ -31,6 +31,7 @@ from spo_jax.objective.terms import (
     make_logprobs_fn,
 )
 from spo_jax.objective.tracked import Tracked, Tracking, make_tracking
+from spo_jax.objective.validation_gap import validation_gap
 from spo_jax.solvers.base import Levels
 from spo_jax.types import BilevelBatch, Params
 
@@ -55,7 +56,8 @@ class Objective(NamedTuple):
 
     ``init(params) -> state``, which asks for ``params`` where it holds a copy of them;
     ``prepare(state, params, batch, reference_params) -> state`` before an update: the tracked
-    copy's steps, the balance of reward calibration, one update more, as far as there are such;
+    copy's steps, the gap on validation rows, the balance of reward calibration, one update more,
+    as far as there are such;
     ``levels(state, reference_params) -> Levels`` whose ``aux`` is ``(metrics, next state)``, with
     only the value of that copy; ``evaluate(params, batch, denominators, state,
     reference_params) -> Terms``, which adds up over batches and changes no state.
@@ -91,6 +93,7 @@ def make_objective(
     reward_calibration: float | None = None,
     head_gradients: HeadGradientsFn | None = None,
     steps: int | None = None,
+    validation_rows: bool = False,
 ) -> Objective:
     """Bind the levels: ``F = mean loss + mu R`` and ``g = G - inner value`` (METHOD section 3).
 
@@ -106,6 +109,10 @@ def make_objective(
     ``make_head_gradients``): see ``update_calibration``. It rebalances the gradient of the loss
     alone; its factor is that of the parameters before the update, for all of an update's steps.
     ``steps`` is the run's number of updates, which a loss that changes over the run asks for.
+
+    With ``validation_rows`` the batch's SFT rows are such as nothing trains on: the value of ``g``
+    is their gap to the reference, its gradient that of the chosen completions, whose own gap is
+    the metric ``batch_gap`` (see ``validation_gap``).
     """
     by_token = loss is not None and loss.excess_weights and loss.needs_reference
     if by_token and reference != "online":
@@ -115,6 +122,13 @@ def make_objective(
         )
     if moving is not None and (reference != "online" or loss is None or not loss.needs_reference):
         raise ValueError("moving is for a loss with a reference, and for reference='online'")
+    if validation_rows and (inner_data, inner_value) != ("chosen", "reference"):
+        raise ValueError(
+            f"validation_rows with inner_data={inner_data!r}, inner_value={inner_value!r}: the "
+            "batch's SFT rows measure the gap of chosen completions to the reference"
+        )
+    if validation_rows and reference == "none":
+        raise ValueError("validation_rows needs a reference: their gap is counted from it")
     if reward_calibration is not None:
         _check_calibration(loss, reward_calibration, head_gradients)
     if loss is not None and loss.needs_progress and not steps:
@@ -129,6 +143,7 @@ def make_objective(
         reference,
         head_gradients,
         start_in_batch=moving is not None,
+        gap_is_measured=validation_rows,
     )
 
     tracking: Tracking | None = None
@@ -150,6 +165,8 @@ def make_objective(
             state = state._replace(updates=jnp.zeros((), jnp.int32))
         if moving is not None:
             state = state._replace(reference=start_reference(params))
+        if validation_rows:
+            state = state._replace(inner_value=jnp.zeros(()))
         return state
 
     def bound(state: ObjectiveState) -> Binding:
@@ -187,6 +204,11 @@ def make_objective(
             of_copy = update_levels(plain, ObjectiveState(), None, micro_batches=micro_batches)
             followed = tracking.follow(state.inner_value, batch, of_copy)
             state = state._replace(inner_value=followed)
+        if validation_rows:
+            gap = validation_gap(
+                binding, params, batch, reference_params, micro_batches=micro_batches
+            )
+            state = state._replace(inner_value=gap)
         return state
 
     def levels(state: ObjectiveState, reference_params: Params | None = None) -> Levels:

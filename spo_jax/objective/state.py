@@ -23,9 +23,9 @@ class RunningMin(NamedTuple):
 class ObjectiveState(NamedTuple):
     """What training carries from update to update; each is ``()`` where there is none.
 
-    ``statistics`` are a loss's running means, ``inner_value`` a ``RunningMin`` or a ``Tracked``
-    copy, ``calibration`` is that of the rewards, ``updates`` counts those begun, for a loss that
-    changes over the run, ``reference`` is a ``MovingReference``.
+    ``statistics`` are a loss's running means, ``inner_value`` a ``RunningMin``, a ``Tracked``
+    copy or the gap that was measured, ``calibration`` is that of the rewards, ``updates`` counts
+    those begun, for a loss that changes over the run, ``reference`` is a ``MovingReference``.
     """
 
     statistics: Any = ()

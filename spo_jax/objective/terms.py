@@ -131,6 +131,7 @@ class Binding:
     factor: Scalar | None = None
     progress: Scalar | None = None
     start_in_batch: bool = False
+    gap_is_measured: bool = False
 
     @property
     def paired_inner_value(self) -> bool:
@@ -156,10 +157,10 @@ class Binding:
         inner = None
         if own_inner:
             tokens = denominators.sft_tokens
-            inner = self._sft_terms(params, batch.sft, tokens, reference_params)
+            inner = self.sft_terms(params, batch.sft, tokens, reference_params)
         elif not wants_outer:
             rows, tokens = one_branch(batch.preference, CHOSEN), denominators.chosen_tokens
-            inner = self._sft_terms(params, rows, tokens, reference_params)
+            inner = self.sft_terms(params, rows, tokens, reference_params)
         if not wants_outer:
             return inner
         outer_terms = self._unpaired_terms if self.loss.unpaired else self._pair_terms
@@ -232,7 +233,8 @@ class Binding:
             return _sums_in(batch)
         return self._reference_sums(batch, reference_params)
 
-    def _sft_terms(self, params, rows, tokens, reference_params) -> Terms:
+    def sft_terms(self, params, rows, tokens, reference_params) -> Terms:
+        """Of the inner level alone: ``rows`` with one completion each, ``tokens`` of the batch."""
         counted = 1.0 if rows.desirable is None else rows.desirable.ravel()
         sums = completion_logprobs(self.logprobs, params, rows)
         value = zero = jnp.zeros((), jnp.float32)

@@ -20,7 +20,15 @@ from spo_jax.models import Model, init_model, split
 from spo_jax.parallel.mesh import BATCH, check_batch_size, make_mesh, sharded_shapes
 from spo_jax.policies.adapters import adapted_shapes
 from spo_jax.policies.loading import execution
-from spo_jax.training.stage import Stage, loop_of, lower_update, make_stage, what_stays
+from spo_jax.training.stage import (
+    Stage,
+    inner_batch_size,
+    loop_of,
+    lower_update,
+    make_stage,
+    measures_gap,
+    what_stays,
+)
 from spo_jax.types import BilevelBatch, CompletionBatch, Params
 
 _STEPS = 1000
@@ -102,8 +110,10 @@ def stage_rows(
     solver = "preference_only" if stage == "baseline" else config.solver.name
     kind = config.objective.inner_data
     if kind != "chosen" and solver != "preference_only":
-        inner = config.train.inner_batch_size or loop.batch_size
-        found.append(rows("sft", config.sft_data if kind == "sft" else config.data, inner, 1))
+        section = config.sft_data if kind == "sft" else config.data
+        found.append(rows("sft", section, inner_batch_size(config), 1))
+    elif measures_gap(config, stage):
+        found.append(rows("sft", config.data, inner_batch_size(config), 1))
     return tuple(found)
 
 

@@ -41,12 +41,16 @@ from spo_jax.training.own_answers import (
     own_answers,
     without_heldout,
 )
-from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of
+from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of, measures_gap
+from spo_jax.training.validation_rows import VALIDATION, set_aside
 from spo_jax.types import Params
 
 
 class StageRows(NamedTuple):
-    """``own`` rows of a stage, pairs or SFT; ``inner``: SFT rows of its inner level, if any."""
+    """``own`` rows of a stage, pairs or SFT, and SFT rows beside them, if any.
+
+    ``inner`` are those of its inner level, or those that its gap is measured on.
+    """
 
     own: Rows
     inner: Rows | None = None
@@ -78,6 +82,10 @@ def rows_of_stage(
     if name == "sft":
         return StageRows(rows("sft_data"))
     own = rows("data")
+    if config.objective.validation_fraction is not None:
+        if VALIDATION not in read:
+            read["data"], read[VALIDATION] = set_aside(config, own)
+        return StageRows(read["data"], read[VALIDATION] if measures_gap(config, name) else None)
     if not has_inner_rows(config, name):
         return StageRows(own)
     return StageRows(own, rows(inner_section(config)))
@@ -181,7 +189,8 @@ def make_batches(config: Config, name: str, rows: StageRows, frozen: Frozen, mes
     inner = None
     if rows.inner is not None:
         size = inner_batch_size(config)
-        inner = stage_iterator(config, f"{name} (inner)", rows.inner, size, frozen.inner, unit)
+        what = "validation" if measures_gap(config, name) else "inner"
+        inner = stage_iterator(config, f"{name} ({what})", rows.inner, size, frozen.inner, unit)
         sources["sft"] = rows.inner.train.source_rows
     return Batches(own, inner, sources)
 

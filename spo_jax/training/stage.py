@@ -75,8 +75,14 @@ def has_inner_rows(config: Config, name: str) -> bool:
     return name != "sft" and own and solver_of(config, name).name != "preference_only"
 
 
+def measures_gap(config: Config, name: str) -> bool:
+    """Whether SFT rows beside the pairs of an update are there to measure the gap on."""
+    wanted = config.objective.validation_fraction is not None
+    return name != "sft" and wanted and uses_gap(solver_of(config, name))
+
+
 def inner_batch_size(config: Config) -> int:
-    """SFT rows an update, where the inner level has its own."""
+    """SFT rows an update, where the inner level has its own or the gap is measured on some."""
     return config.train.inner_batch_size or config.train.batch_size
 
 
@@ -126,6 +132,8 @@ def pair_objective(
     elif inner_value == "tracked":
         inner, _ = make_chain(config.inner, steps * section.tracked_steps)
         options = {"inner": inner, "tracked_steps": section.tracked_steps}
+    if measures_gap(config, name):
+        options["validation_rows"] = True
     mode = config.reference.mode
     if moves(config) and frozen:
         mode = "precomputed"

@@ -265,6 +265,25 @@ IGNORED = [
     ),
     ({"objective.tracked_steps": 2}, ["tracked_steps=2 would be ignored", "is reference"]),
     (
+        {"objective.validation_fraction": 0.1},
+        ["validation_fraction=0.1 would be paid for and ignored", "solver penalty", "primal_dual"],
+    ),
+    (
+        {
+            "objective": {"validation_fraction": 0.1, "inner_data": "sft"},
+            "solver": {"name": "primal_dual"},
+        },
+        ["validation_fraction=0.1 with objective.inner_data=sft", "Leave one of the two out"],
+    ),
+    (
+        {
+            "objective": {"validation_fraction": 0.1, "inner_value": "running_min"},
+            "solver": {"name": "primal_dual"},
+        },
+        ["validation_fraction=0.1 with objective.inner_value=running_min"],
+    ),
+    ({"train.inner_batch_size": 8}, ["inner_batch_size would be ignored", "validation_fraction"]),
+    (
         {"solver": {"name": "inner_only"}, "outer": {"learning_rate": 1e-3}},
         ["outer would be ignored", "inner_only takes no outer steps"],
     ),
@@ -566,6 +585,12 @@ SAVED = {
         "objective": {"inner_value": "tracked", "tracked_steps": 2},
         "solver": {"name": "primal_dual"},
         "inner": {"learning_rate": 1e-5},
+    },
+    "validation rows": {
+        **SMALL,
+        "objective": {"validation_fraction": 0.1},
+        "solver": {"name": "primal_dual", "form": "lagrangian"},
+        "train": {"epochs": 1, "batch_size": 8, "inner_batch_size": 16},
     },
     "inner only": {**SMALL, "solver": {"name": "inner_only"}, "inner": {"name": "lion"}},
 }

@@ -59,6 +59,12 @@ KINDS = {
         "loss": {"name": "kto", "beta": 0.1},
         "data": {**SHORT, "eval_fraction": 0.25},
     },
+    "validation rows": {
+        "objective": {"validation_fraction": 0.3},
+        "solver": {"name": "primal_dual", "form": "lagrangian"},
+        "train": {**TREE["train"], "inner_batch_size": 8, "gradient_accumulation": 1},
+        "mesh": {"data": 2, "fsdp": -1},
+    },
     "adapters": {"lora": {"rank": 4, "dropout": 0.1}},
     "adapters and their reference in the step": {
         "lora": {"rank": 4, "targets": ("q_proj", "v_proj")},

@@ -198,6 +198,19 @@ def test_the_policys_own_right_answers_are_shown_without_held_out_prompts(write,
     assert "8 of own_answers" in preview_text(facts, colour=False)
 
 
+def test_rows_that_the_gap_is_measured_on_are_counted(write):
+    measured = {"solver": {"name": "primal_dual"}, "train": {"inner_batch_size": 8}}
+    path = write(PAIRS, objective={"validation_fraction": 0.25}, **measured)
+    facts, error = look_at_data(load_config(path, {}), first_rows=1)
+    assert error is None
+    stage = facts["stages"]["preference"]
+    assert (stage["inner_section"], stage["inner_batches"]["batches"]) == ("validation", 1)
+    assert stage["updates_per_epoch"] == (len(PAIRS) - 8) // stage["batch_size"]
+    shown = preview_text(facts, colour=False)
+    assert "8 of validation" in shown
+    assert "an epoch of validation: 1 batches" in shown
+
+
 def test_what_the_policy_samples_later_is_said(write):
     data = {"train": "builtin:arithmetic"}
     path = write([], data=data, objective={"inner_data": "own"})

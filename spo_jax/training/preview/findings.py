@@ -37,7 +37,14 @@ from spo_jax.training.own_answers import (
 )
 from spo_jax.training.pinned import pin
 from spo_jax.training.preview.first_rows import BRANCHES, bad_rows, describe_rows
-from spo_jax.training.stage import check_sizes, has_inner_rows, inner_batch_size, loop_of
+from spo_jax.training.stage import (
+    check_sizes,
+    has_inner_rows,
+    inner_batch_size,
+    loop_of,
+    measures_gap,
+)
+from spo_jax.training.validation_rows import VALIDATION, set_aside
 
 PERCENTILES = (0, 50, 90, 99, 100)
 _BARS = 8
@@ -260,20 +267,26 @@ def _stage(
         "gradient_accumulation": loop.gradient_accumulation,
         "updates": loop.steps,
     }
-    rows = read.get(section)
     try:
         check_sizes(config, name, mesh)
+        aside = section == "data" and config.objective.validation_fraction is not None
+        if aside and section in read and VALIDATION not in read:
+            read["data"], read[VALIDATION] = set_aside(config, read["data"])
+        rows = read.get(section)
         if rows is not None:
             facts |= _updates(config, name, rows)
             facts["batches"] = _batches(config, name, rows, loop.batch_size, mesh)
             if rows.heldout is not None:
                 facts["held_out_batches"] = len(heldout_batches(rows, loop, None, mesh))
-        if has_inner_rows(config, name):
+        measured = measures_gap(config, name)
+        if measured or has_inner_rows(config, name):
             size = inner_batch_size(config)
-            facts |= {"inner_batch_size": size, "inner_section": inner_section(config)}
-            inner = read.get(facts["inner_section"])
-            if inner is not None:
-                facts["inner_batches"] = _batches(config, f"{name} (inner)", inner, size, mesh)
+            beside = VALIDATION if measured else inner_section(config)
+            facts |= {"inner_batch_size": size, "inner_section": beside}
+            what = VALIDATION if measured else "inner"
+            if beside in read:
+                batches = _batches(config, f"{name} ({what})", read[beside], size, mesh)
+                facts["inner_batches"] = batches
     except ValueError as error:
         errors.append(error)
         facts["error"] = str(error)

@@ -176,7 +176,8 @@ def _stage(name: str, stage: Mapping[str, Any]) -> Iterator[str]:
     if stage.get("epochs") is not None:
         epochs = f": {stage['epochs']:.2f} epochs of {stage['updates_per_epoch']}"
     yield f"{name}: {updates} of {size}{epochs}"
-    for key, what in (("batches", "an epoch"), ("inner_batches", "an epoch of the inner level")):
+    beside = "validation" if stage.get("inner_section") == "validation" else "the inner level"
+    for key, what in (("batches", "an epoch"), ("inner_batches", f"an epoch of {beside}")):
         if key in stage:
             yield f"  {what}: {_batches(stage[key])}"
     if "held_out_batches" in stage:
