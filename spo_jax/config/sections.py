@@ -158,12 +158,13 @@ def _validate_validation(config: Config) -> None:
             f"{config.solver.name} as it is set. Choose primal_dual, penalty with penalty: hinge "
             "or squared_hinge, dynamic_barrier or max_level; or leave it out"
         )
-    for key, other in (("inner_data", "chosen"), ("inner_value", "reference")):
+    taken = {"inner_data": ("chosen",), "inner_value": ("reference", "tracked")}
+    for key, others in taken.items():
         value = getattr(objective, key)
-        if value != other:
+        if value not in others:
             raise ConfigError(
                 f"{name} with objective.{key}={value}: it measures the gap of chosen completions "
-                f"to the reference. Leave one of the two out"
+                "to the reference or to a tracked copy. Leave one of the two out"
             )
 
 
@@ -239,7 +240,6 @@ def validate_objective(config: Config, given: Mapping[str, Any]) -> None:
         f"loss {config.loss.name}": loss.needs_reference,
         "objective.inner_value: reference": objective.inner_value == "reference",
         "objective.regularizer: hinge": objective.regularizer == "hinge",
-        "objective.validation_fraction": objective.validation_fraction is not None,
     }
     for who, needed in needs.items():
         if needed:

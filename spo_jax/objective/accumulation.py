@@ -201,7 +201,7 @@ class _UpdateLevels:
             # An SFT run without a reference has no inner value to compare with.
             if self.binding.inner_value != "reference" or self.binding.paired_inner_value:
                 metrics |= {"inner_value": value, "gap": gap}
-            if self.binding.gap_is_measured:
+            if self.binding.gap_is_measured and self.binding.paired_inner_value:
                 metrics["batch_gap"] = total.inner - total.reference_inner
         statistics = total.statistics if wants_outer else self.state.statistics
         state = self.state._replace(statistics=statistics, inner_value=running)

@@ -111,8 +111,8 @@ def make_objective(
     ``steps`` is the run's number of updates, which a loss that changes over the run asks for.
 
     With ``validation_rows`` the batch's SFT rows are such as nothing trains on: the value of ``g``
-    is their gap to the reference, its gradient that of the chosen completions, whose own gap is
-    the metric ``batch_gap`` (see ``validation_gap``).
+    is their gap to the reference or to the tracked copy, its gradient that of the chosen
+    completions, whose own gap to the reference is the metric ``batch_gap`` (``validation_gap``).
     """
     by_token = loss is not None and loss.excess_weights and loss.needs_reference
     if by_token and reference != "online":
@@ -122,12 +122,14 @@ def make_objective(
         )
     if moving is not None and (reference != "online" or loss is None or not loss.needs_reference):
         raise ValueError("moving is for a loss with a reference, and for reference='online'")
-    if validation_rows and (inner_data, inner_value) != ("chosen", "reference"):
+    paired = inner_value in ("reference", "tracked")
+    if validation_rows and (inner_data != "chosen" or not paired):
         raise ValueError(
             f"validation_rows with inner_data={inner_data!r}, inner_value={inner_value!r}: the "
-            "batch's SFT rows measure the gap of chosen completions to the reference"
+            "batch's SFT rows measure the gap of chosen completions to the reference, or to a "
+            "tracked copy"
         )
-    if validation_rows and reference == "none":
+    if validation_rows and (inner_value, reference) == ("reference", "none"):
         raise ValueError("validation_rows needs a reference: their gap is counted from it")
     if reward_calibration is not None:
         _check_calibration(loss, reward_calibration, head_gradients)
@@ -165,7 +167,7 @@ def make_objective(
             state = state._replace(updates=jnp.zeros((), jnp.int32))
         if moving is not None:
             state = state._replace(reference=start_reference(params))
-        if validation_rows:
+        if validation_rows and tracking is None:
             state = state._replace(inner_value=jnp.zeros(()))
         return state
 
@@ -200,15 +202,17 @@ def make_objective(
             state = state._replace(calibration=after)
         if tracking is not None:
             # The gap to 0 is G itself.
-            plain = replace(binding, inner_value=0.0)
+            plain = replace(binding, inner_value=0.0, gap_is_measured=False)
             of_copy = update_levels(plain, ObjectiveState(), None, micro_batches=micro_batches)
             followed = tracking.follow(state.inner_value, batch, of_copy)
             state = state._replace(inner_value=followed)
         if validation_rows:
+            copy = None if tracking is None else state.inner_value.params
             gap = validation_gap(
-                binding, params, batch, reference_params, micro_batches=micro_batches
+                binding, params, batch, reference_params, copy=copy, micro_batches=micro_batches
             )
-            state = state._replace(inner_value=gap)
+            found = gap if tracking is None else state.inner_value._replace(value=gap)
+            state = state._replace(inner_value=found)
         return state
 
     def levels(state: ObjectiveState, reference_params: Params | None = None) -> Levels:

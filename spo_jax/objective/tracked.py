@@ -15,7 +15,10 @@ from spo_jax.types import BilevelBatch, Params
 
 
 class Tracked(NamedTuple):
-    """The copy, the state of its chain, and its inner loss on the last batch: the inner value."""
+    """The copy, the state of its chain, and its inner loss on the last batch: the inner value.
+
+    Of rows that measure the gap (``validation_gap``) the value is that gap.
+    """
 
     params: Params
     optimizer: Any
