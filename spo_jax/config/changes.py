@@ -27,6 +27,7 @@ BINDING = {
     "sft_optimizer.options": "the checkpoint holds the state of the other optimizer",
     "solver.name": "the checkpoint holds the multipliers and optimizers of the other solver",
     "loss.name": "the checkpoint holds the statistics of the other loss",
+    "objective.validation_fraction": "the checkpoint's place in the data is one of the other rows",
 }
 """Keys (and all below them) whose change a saved state does not survive, with the reason."""
 

@@ -84,7 +84,8 @@ def curve_figure(
 
 def gap_figure(runs: Sequence[RunCurves]) -> Figure | None:
     """The gap over updates, the safe region (gap <= tolerance) shaded; one band a tolerance."""
-    found = _find(runs, [Quantity("gap", "gap")], 1.0, False)
+    own = Quantity("batch_gap", "of the pairs trained on", LINES[2])
+    found = _find(runs, [Quantity("gap", "gap"), own], 1.0, False)
     if not found:
         return None
     figure, [[axes]] = make_axes("Gap: SFT loss above its inner value; the shaded region is safe")

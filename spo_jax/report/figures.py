@@ -131,7 +131,7 @@ FIGURES = {
         gap_figure,
         "The gap is the SFT loss minus its inner value. In the shaded region (gap ≤ tolerance) "
         "the policy still does the SFT task as well as allowed; above it the alignment is paid "
-        "for with it.",
+        "for with it. Where rows set aside measure it, that of the pairs trained on stands beside.",
     ),
     "inner_loss": Drawing(
         _SAFE,

@@ -286,6 +286,14 @@ def test_safe_region_reaches_from_below_to_the_tolerance():
     assert lines(axes)["a: gap"].get_ydata().tolist() == [0.3, 0.2, 0.1]
 
 
+def test_the_gap_of_the_pairs_trained_on_stands_beside_a_measured_one():
+    figure = draw("gap", [run(gap=[0.0, 0.1], batch_gap=[0.0, -0.2], tolerance=0.05)])
+    found = lines(figure.axes[0])
+    assert found["a: gap"].get_ydata().tolist() == [0.0, 0.1]
+    assert found["a: of the pairs trained on"].get_ydata().tolist() == [0.0, -0.2]
+    assert figure.axes[0].get_ylim()[0] < -0.2
+
+
 def test_runs_of_one_tolerance_share_their_region_others_have_their_own():
     same = draw("gap", [run("a", gap=[1, 2]), run("b", gap=[1, 2])])
     assert len(bands(same.axes[0])) == 1
