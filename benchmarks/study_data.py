@@ -12,7 +12,7 @@ named is not made. docs/study.md says where the files are from.
 Nothing is drawn: MAWPS is cut in the order of its file (800 for SFT, 300 for pairs, the rest for
 validation), of TinyStories the first 100 texts in ASCII are taken, of LLMBar the first 100 rows
 whose three texts have at most 250 tokens; of HH all such rows, of which the 400 whose prompts
-have the smallest SHA-256 are held out, no prompt on both sides.
+have the smallest SHA-256 are held out, no prompt on both sides; and all rows as they are in hh.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def main() -> None:
             short = [row for row in rows if is_short(row)][:TEXTS]
             found["llmbar"] = [{"question": row.pop("prompt"), **row} for row in short]
         if options.hh:
-            rows = map(pair, read(options.hh))
-            found |= preferences(row for row in rows if is_short(row))
+            rows = told_apart(map(pair, read(options.hh)))
+            found |= {"hh": rows, **preferences(row for row in rows if is_short(row))}
     if not found:
         parser.error("name at least one file: --mawps, --tinystories, --llmbar, --hh")
     for name, rows in found.items():
@@ -106,9 +106,15 @@ def pair(row: Mapping[str, str]) -> dict[str, str]:
     return {"prompt": prompts[0] + _TURN if same else "", "chosen": ends[0], "rejected": ends[1]}
 
 
+def told_apart(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Those with a prompt and two completions that differ, none of them blank."""
+    whole = (row for row in rows if all(text.strip() for text in row.values()))
+    return [dict(row) for row in whole if row["chosen"] != row["rejected"]]
+
+
 def preferences(rows: Iterable[Mapping[str, str]]) -> dict[str, list[Any]]:
     """HH: those that can be told apart, held out by the hash of their prompts."""
-    whole = [dict(row) for row in rows if all(row.values()) and row["chosen"] != row["rejected"]]
+    whole = told_apart(rows)
     by_hash = sorted({row["prompt"] for row in whole}, key=_hash)
     count: dict[str, int] = {}
     for row in whole:
