@@ -6,9 +6,9 @@ A Llama of 56 million parameters (hidden 512, 8 layers, 8 heads over 4 kv heads,
 1408, vocabulary 32,000), 4 pairs of prompt 128 and completion 384, float32, AdamW, random
 weights. A step is the first of its run: that of ``max_level`` measures, as one in ten does, and
 the draw of ``random_level`` is that of its seed. Every solver takes the same pairs; those with
-SFT data of their own also 4 rows of the same lengths. The seconds are medians of ratios within
-one round, so that a noisy machine disturbs them little; the memory is what the compiler reports
-for the step: arguments, results that do not reuse them, and temporaries.
+SFT data of their own, or validation rows, also 4 rows of the same lengths. The seconds are medians
+of ratios within one round, so that a noisy machine disturbs them little; the memory is what the
+compiler reports for the step: arguments, results that do not reuse them, and temporaries.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ SIDES = {
     "penalty, squared hinge": ("chosen", {"penalty": "squared_hinge"}),
     "penalty, hinge, tracked": ("chosen", {"penalty": "hinge"}),
     "primal_dual": ("chosen", {}),
+    "primal_dual, validation rows": ("chosen", {"form": "lagrangian"}),
+    "primal_dual, validation rows, tracked": ("chosen", {"form": "lagrangian"}),
     "dynamic_barrier": ("chosen", {}),
     "projected": ("chosen", {}),
     "random_level, F drawn": ("chosen", {"seed": 2}),
@@ -90,7 +92,7 @@ def main() -> None:
     batches = {False: BilevelBatch(pairs), True: BilevelBatch(pairs, rows)}
     compiled, memory = {}, {}
     for name, (step, init) in problems.items():
-        batch = batches["SFT" in name]
+        batch = batches[has_rows(name)]
         compiled[name] = jit_step(step).lower(jax.eval_shape(init, params, key), batch).compile()
         found = compiled[name].memory_analysis()
         memory[name] = (
@@ -104,7 +106,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (FORWARD, *sides)}
     for number in range(options.rounds + 1):
         for name in seconds:
-            batch = batches["SFT" in name]
+            batch = batches[has_rows(name)]
             if name == FORWARD:
                 run = partial(forward, params)
             else:
@@ -117,12 +119,12 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
             state = run = None
     base = seconds["preference_only"]
-    print(f"{'solver':>32} {'s/step':>8} {'time':>7} {'lowest':>7} {'GB':>6} {'memory':>7}")
+    print(f"{'solver':>38} {'s/step':>8} {'time':>7} {'lowest':>7} {'GB':>6} {'memory':>7}")
     for name, found in seconds.items():
         ratios = [mine / plain for mine, plain in zip(found, base, strict=True)]
         held = memory.get(name)
         print(
-            f"{name:>32} {statistics.median(found):8.2f} {statistics.median(ratios):6.2f}x "
+            f"{name:>38} {statistics.median(found):8.2f} {statistics.median(ratios):6.2f}x "
             f"{min(found) / min(base):6.2f}x"
             + (f" {held / 1e9:6.2f} {held / memory['preference_only']:6.2f}x" if held else "")
         )
@@ -136,12 +138,18 @@ def main() -> None:
     )
 
 
+def has_rows(name: str) -> bool:
+    """Whether an update of a side has SFT rows beside its pairs."""
+    return "SFT" in name or "validation" in name
+
+
 def make_problem(name: str, inner_data: str, extra: dict, logprobs):
     """The update of one solver and ``(params, key) -> state``."""
     loss = make_preference_loss("dpo", beta=0.1)
     chains = {"outer": optax.adamw(1e-6), "inner": optax.sgd(1e-3)}
     tracked = {"inner_value": "tracked", "inner": chains["inner"], "tracked_steps": 1}
     options = tracked if "tracked" in name else {}
+    options = {**options, "validation_rows": "validation" in name}
     objective = make_objective(logprobs, loss, inner_data=inner_data, **options)
     solver = make_solver(name.split(",")[0], **chains, **extra)
     step = make_train_step(objective, solver, schedule=optax.constant_schedule(1e-6))
