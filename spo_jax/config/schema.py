@@ -158,7 +158,8 @@ class ObjectiveConfig:
     validation_fraction: float | None = _key(
         None,
         "share of the training prompts to set aside: the gap that the solver sees is that of their "
-        "chosen completions, which no update trains on (by inner_batch_size an update)",
+        "chosen completions, which no update of a stage of pairs trains on (inner_batch_size rows "
+        "an update)",
     )
     reward_calibration: float | None = _key(
         None, "RC: the loss's two gradients rebalanced, by a running mean of this decay (0.98)"
