@@ -60,9 +60,9 @@ KINDS = {
         "data": {**SHORT, "eval_fraction": 0.25},
     },
     "validation rows": {
-        "objective": {"validation_fraction": 0.3},
+        "objective": {"validation_fraction": 0.4},
         "solver": {"name": "primal_dual", "form": "lagrangian"},
-        "train": {**TREE["train"], "inner_batch_size": 8, "gradient_accumulation": 1},
+        "train": {"steps": 4, "batch_size": 8},
         "mesh": {"data": 2, "fsdp": -1},
     },
     "adapters": {"lora": {"rank": 4, "dropout": 0.1}},
