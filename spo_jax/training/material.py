@@ -42,7 +42,7 @@ from spo_jax.training.own_answers import (
     without_heldout,
 )
 from spo_jax.training.stage import has_inner_rows, inner_batch_size, loop_of, measures_gap
-from spo_jax.training.validation_rows import VALIDATION, set_aside
+from spo_jax.training.validation_rows import VALIDATION, set_aside_in
 from spo_jax.types import Params
 
 
@@ -81,11 +81,11 @@ def rows_of_stage(
 
     if name == "sft":
         return StageRows(rows("sft_data"))
-    own = rows("data")
-    if config.objective.validation_fraction is not None:
-        if VALIDATION not in read:
-            read["data"], read[VALIDATION] = set_aside(config, own)
-        return StageRows(read["data"], read[VALIDATION] if measures_gap(config, name) else None)
+    rows("data")
+    set_aside_in(config, read)
+    own = read["data"]
+    if measures_gap(config, name):
+        return StageRows(own, read[VALIDATION])
     if not has_inner_rows(config, name):
         return StageRows(own)
     return StageRows(own, rows(inner_section(config)))

@@ -41,6 +41,13 @@ def set_aside(config: Config, rows: Rows) -> tuple[Rows, Rows]:
     return rows._replace(train=kept), rows._replace(train=validation, heldout=None)
 
 
+def set_aside_in(config: Config, read: dict[str, Rows]) -> None:
+    """The same of the rows that were ``read``, by section: once, and where it is asked for."""
+    wanted = config.objective.validation_fraction is not None
+    if wanted and "data" in read and VALIDATION not in read:
+        read["data"], read[VALIDATION] = set_aside(config, read["data"])
+
+
 def _places(rows: TokenizedRows, seed: int) -> list[bytes]:
     """A hash of each row's prompt; of one without a prompt that of its completions."""
     ids, offsets, n = rows.completion_ids, rows.completion_offsets, rows.num_completions

@@ -157,12 +157,12 @@ def test_eight_devices_take_the_steps_of_one_and_cut_the_copy_like_the_policy(na
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), *ends)
 
 
-def two_and_two(init, step, folder):
+def two_and_two(init, step, folder, inner_data="chosen"):
     """The state after four steps, and that of two, a restored checkpoint and two more."""
     mesh = make_mesh()
     state, shardings = shard_state(init, mesh, PARAMS, KEY)
     step, checkpoints = jit_step(step, shardings), Checkpoints(folder)
-    batches = [place_batch(batch_of("chosen", seed), mesh) for seed in range(4)]
+    batches = [place_batch(batch_of(inner_data, seed), mesh) for seed in range(4)]
     for number, batch in enumerate(batches):
         state, _ = step(state, batch)
         if number == 1:

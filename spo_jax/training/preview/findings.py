@@ -44,7 +44,7 @@ from spo_jax.training.stage import (
     loop_of,
     measures_gap,
 )
-from spo_jax.training.validation_rows import VALIDATION, set_aside
+from spo_jax.training.validation_rows import VALIDATION, set_aside_in
 
 PERCENTILES = (0, 50, 90, 99, 100)
 _BARS = 8
@@ -269,9 +269,7 @@ def _stage(
     }
     try:
         check_sizes(config, name, mesh)
-        aside = section == "data" and config.objective.validation_fraction is not None
-        if aside and section in read and VALIDATION not in read:
-            read["data"], read[VALIDATION] = set_aside(config, read["data"])
+        set_aside_in(config, read)
         rows = read.get(section)
         if rows is not None:
             facts |= _updates(config, name, rows)
