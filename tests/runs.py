@@ -1,8 +1,10 @@
 """Real runs of the command in processes of their own, for tests of what no thread can show."""
 
+import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -94,6 +96,7 @@ class Run:
 
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path):
         request = {"start": arguments, "environment": environment, "log": str(log)}
+        self.log = log
         self.pid = _asked(request)
         self.returncode: int | None = None
 
@@ -136,13 +139,24 @@ def start(
     return Run(words, environment(**options) | (variables or {}), log)
 
 
+def free_port() -> int:
+    """A port of this machine that a server started a little later still finds free.
+
+    Those that the system gives out by itself may be taken meanwhile by any connection, and tests
+    of buckets make thousands: it is one below them.
+    """
+    while True:
+        port = random.randint(15_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("localhost", port))
+            return port
+
+
 def start_several(
     config: Path, output: Path, count: int, *arguments: str, log: Path, own=None, **options
 ) -> list[Run]:
     """``count`` processes of one run, with the devices shared out; ``own`` arguments by number."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     return [
         start(
             config,

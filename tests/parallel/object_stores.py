@@ -3,21 +3,16 @@
 import atexit
 import functools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.runs import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "a-bucket"
 # Read when gcsfs is imported: else it asks Google of which kind each bucket is.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def gcs_variables(port: int) -> dict[str, str]:

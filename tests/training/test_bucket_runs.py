@@ -71,9 +71,11 @@ def assert_same_end(store, folder, expected):
     assert rest == expected_rest
 
 
-def wait_for_saved(store, step, process):
-    while process.poll() is None and max(steps_in(store), default=0) < step:
-        pass
+def wait_for_saved(store, step, *processes):
+    """Return when ``step`` is saved; none of the processes may end before."""
+    while max(steps_in(store), default=0) < step:
+        for process in processes:
+            assert process.poll() is None, process.log.read_text()
 
 
 @pytest.mark.parametrize(("scheme", "kills"), [("gs", 2), ("s3", 1)])
@@ -86,7 +88,6 @@ def test_killed_and_resumed_to_the_same_end(undisturbed, scheme, kills):
     for kill in range(kills):
         process = start(config, url, *(["--resume"] if kill else []), **options)
         wait_for_saved(store, reached + 4, process)
-        assert process.poll() is None, log.read_text()
         process.kill()
         process.wait()
         reached = steps_in(store)[-1]
@@ -154,7 +155,7 @@ def test_two_processes_share_a_bucket_and_no_disk(undisturbed, tmp_path):
     store = Store(url)
 
     processes = start_several(config, url, 2, *places, **options)
-    wait_for_saved(store, 4, processes[0])
+    wait_for_saved(store, 4, *processes)
     for process in processes:
         process.kill()
         process.wait()
