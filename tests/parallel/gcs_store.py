@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from http import HTTPStatus
+from http.server import HTTPServer
 
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
@@ -76,6 +77,9 @@ def _conditional(handlers):
 
 def main(port: int, bucket: str) -> None:
     """Serve ``gs://BUCKET`` at ``localhost:PORT``."""
+    # A client connects as often as it has objects to read; those that do not fit into a queue of
+    # five try again after 1, 2, 4 ... seconds, and in the end give up.
+    HTTPServer.request_queue_size = 1024
     server.HANDLERS = [(pattern, _conditional(found)) for pattern, found in server.HANDLERS]
     store = server.create_server("localhost", port, in_memory=True, default_bucket=bucket)
     store.start()
