@@ -36,6 +36,14 @@ SWITCHES = {
 }
 """Keys below which values may change, but not whether there are any."""
 
+STATEFUL = {
+    "objective.inner_value": (
+        ("running_min", "tracked"),
+        "the checkpoint holds the lowest loss so far, a copy that SFT moves, or neither",
+    ),
+}
+"""Keys that may change from one value to another unless one of these comes or goes."""
+
 _OF_NO_ACCOUNT = ("output_dir", "compilation_cache", "rows_cache")
 
 
@@ -67,6 +75,9 @@ def check_changes(
 def _reason(key: str, values: tuple[Any, Any]) -> str | None:
     switched = BINDING | (SWITCHES if None in values else {})
     key = re.sub(r"\.\d+\.", ".", key)  # of a list of losses each has its name
+    held, why = STATEFUL.get(key, ((), ""))
+    if any(value in held for value in values):
+        return why
     return next((why for k, why in switched.items() if key == k or key.startswith(f"{k}.")), None)
 
 

@@ -49,7 +49,11 @@ class ModelConfig:
     )
     tokenizer: str | None = _key(None, "tokenizer folder or hub name, when not that of path")
     param_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "stored weights")
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "matrix products")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
+        "auto",
+        "matrix products (default: bfloat16 on TPUs and on GPUs that have it, float32 on CPUs; a "
+        "run keeps what it began with)",
+    )
     remat: Literal["none", "elementwise", "dots", "dots_no_batch", "full"] = _key(
         "elementwise",
         "what the backward pass computes again: nothing, all but products and attention (default), "

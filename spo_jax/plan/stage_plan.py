@@ -99,6 +99,7 @@ def plan_stage(
         **_shardings(assembled),
     }
     record["model"].pop("init")
+    record["model"]["compute_dtype"] = model.execution.compute_dtype
     started = time.perf_counter()
     try:
         compiled, text = compile_assembled(assembled)

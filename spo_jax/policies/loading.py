@@ -104,15 +104,39 @@ def as_trained(path: str | Path, compute_dtype: str | None = None) -> ModelConfi
     return ModelConfig(
         path=str(path),
         param_dtype=trained.get("param_dtype", ModelConfig().param_dtype),
-        compute_dtype=compute_dtype or trained.get("compute_dtype", ModelConfig().compute_dtype),
+        compute_dtype=compute_dtype or trained.get("compute_dtype", "float32"),
     )
+
+
+def compute_dtype_of(config: ModelConfig, mesh: Mesh | None = None) -> str:
+    """The dtype of matrix products on the devices of ``mesh``, where the section says ``auto``.
+
+    That of ``narrowest_dtype``, but float32 for weights stored in float16, and where
+    ``JAX_DEFAULT_MATMUL_PRECISION`` asks for it.
+    """
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    precision = jax.config.jax_default_matmul_precision
+    if config.param_dtype == "float16" or precision in ("highest", "float32"):
+        return "float32"
+    return narrowest_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+
+
+def narrowest_dtype(device: Any) -> str:
+    """bfloat16 on TPUs and on GPUs that multiply in it, float32 on everything else.
+
+    NVIDIA's do from compute capability 8 on; AMD's say theirs as ``gfx942``.
+    """
+    capability = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    old = capability.isdigit() and int(capability) < 8
+    return "bfloat16" if device.platform in ("tpu", "gpu") and not old else "float32"
 
 
 def execution(config: ModelConfig, mesh: Mesh | None = None) -> Execution:
     """The execution options of the model section, for parameters on ``mesh``."""
     return Execution(
         param_dtype=config.param_dtype,
-        compute_dtype=config.compute_dtype,
+        compute_dtype=compute_dtype_of(config, mesh),
         remat=config.remat,
         attention=config.attention,
         mesh=mesh,

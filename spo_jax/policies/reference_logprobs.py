@@ -30,7 +30,7 @@ def make_reference_logprobs(
     Cached under their fingerprint. Made once for all data sets: they share the parameters'
     fingerprint and what is compiled.
     """
-    policy = (params_fingerprint(params), str(model.config), config.model.compute_dtype)
+    policy = (params_fingerprint(params), str(model.config), model.execution.compute_dtype)
     logprobs = token_logprobs_of(config.model, model, mesh)
     cache = Path(config.reference.cache_dir or default_cache_dir())
     values_by_row = make_values_by_row(

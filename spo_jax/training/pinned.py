@@ -1,7 +1,8 @@
-"""What a run must not read anew: the date, its chat templates; and what its files were.
+"""What a run must not find out anew: date, chat templates, dtype; and what its files were.
 
-A run that goes on gets the day it began and the templates it began with, whatever the calendar
-and the files say now. Files of rows are read again, and known by their checksums.
+A run that goes on gets the day it began, the templates it began with and the dtype of its
+products, whatever calendar, files and machine say now. Files of rows are read again, and known by
+their checksums.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from spo_jax.checkpoints.atomic import replace_text
 from spo_jax.config.mixtures import data_sets
 from spo_jax.config.parsing import read_tree
-from spo_jax.config.schema import BUILTIN_TASK, Config
+from spo_jax.config.schema import BUILTIN_TASK, Config, ModelConfig
 from spo_jax.data import load_records
 from spo_jax.data.chat import template_text
 from spo_jax.parallel.copies import local_path
 from spo_jax.parallel.processes import by_first, say
-from spo_jax.policies.loading import is_run
+from spo_jax.policies.loading import compute_dtype_of, is_run
 from spo_jax.training.own_answers import OWN_ANSWERS, own_answers
 from spo_jax.training.stage import has_inner_rows
 
@@ -32,11 +35,19 @@ INPUTS = "inputs.json"
 _SECTIONS = ("data", "sft_data", "answers", "texts")
 
 
-def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes: bool) -> Config:
-    """The configuration with its date filled in and its templates as text.
+def pin(
+    config: Config,
+    folders: Sequence[Path],
+    *,
+    resume: bool,
+    allow_changes: bool,
+    mesh: Mesh | None = None,
+) -> Config:
+    """The configuration with its date filled in, its templates as text, and a dtype for ``auto``.
 
     Those of the run that goes on in one of ``folders``, where there is one; a template file that
-    says something else by now is named, and taken with ``allow_changes`` alone.
+    says something else by now is named, and taken with ``allow_changes`` alone. Without ``mesh``
+    a dtype that no run has begun with stays ``auto``.
     """
 
     def found() -> dict[str, Any]:
@@ -48,7 +59,8 @@ def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes:
             for name, value in given.items()
         }
         today = datetime.date.today().isoformat()
-        return {"date": config.date or saved.get("date") or today, "texts": texts}
+        dtype = (saved.get("model") or {}).get("compute_dtype")
+        return {"date": config.date or saved.get("date") or today, "texts": texts, "dtype": dtype}
 
     pinned = by_first(found)
     sections = {
@@ -56,6 +68,7 @@ def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes:
         for name, text in pinned["texts"].items()
         if text != getattr(config, name).chat_template
     }
+    sections["model"] = _with_dtype(config.model, pinned["dtype"], mesh)
     config = dataclasses.replace(config, date=pinned["date"], **sections)
     answers = config.answers
     if answers.data in (None, BUILTIN_TASK) or answers.chat_template is not None:
@@ -63,6 +76,17 @@ def pin(config: Config, folders: Sequence[Path], *, resume: bool, allow_changes:
     # Problems are asked in the template that the run was trained with.
     answers = dataclasses.replace(answers, chat_template=trained_template(config))
     return dataclasses.replace(config, answers=answers)
+
+
+def _with_dtype(model: ModelConfig, begun: str | None, mesh: Mesh | None) -> ModelConfig:
+    """The model section with the dtype of a run that ``begun`` with one, or of this machine's."""
+    if model.compute_dtype != "auto" or (begun is None and mesh is None):
+        return model
+    dtype = begun or compute_dtype_of(model, mesh)
+    if dtype != "float32":
+        began = "as the run began" if begun else "weights and losses are float32 as ever"
+        say(f"model.compute_dtype: products are taken in {dtype} ({began}; auto)")
+    return dataclasses.replace(model, compute_dtype=dtype)
 
 
 def _template(name: str, value: str | None, saved: Mapping[str, Any], *, keep: bool) -> str | None:

@@ -116,7 +116,7 @@ def train(
     with run_folder(config.output_dir) as root:
         check_shared(root)
         folders = [stage_folder(config, name) for name in stages]
-        config = pin(config, folders, resume=resume, allow_changes=allow_changes)
+        config = pin(config, folders, resume=resume, allow_changes=allow_changes, mesh=mesh)
         check = partial(check_folders, config, stages, resume=resume, allow_changes=allow_changes)
         begun = by_first(check)
         start = load_start(config, mesh, unchanged=begun and not allow_changes)

@@ -44,6 +44,7 @@ def test_what_a_state_survives_is_said():
         ("solver", {"name": "primal_dual"}, "solver.name: penalty -> primal_dual"),
         ("loss", {"name": "simpo", "beta": 2.0}, "loss.name: dpo -> simpo"),
         ("reference.path", "b", "reference.path: None -> b"),
+        ("objective.inner_value", "running_min", "inner_value: reference -> running_min"),
     ],
 )
 def test_what_would_corrupt_is_refused_unless_told_otherwise(key, value, shown):
@@ -53,6 +54,10 @@ def test_what_would_corrupt_is_refused_unless_told_otherwise(key, value, shown):
         assert part in str(caught.value)
     assert "train.steps" not in str(caught.value)
     assert shown in check({key: value}, allow=True)
+
+
+def test_an_inner_value_without_a_state_may_become_another():
+    assert check({"objective.inner_value": 0.5}) == "objective.inner_value: reference -> 0.5"
 
 
 def test_what_an_older_version_did_not_know_was_its_default():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from spo_jax.cli import _is_ours
@@ -13,7 +15,8 @@ from spo_jax.config.schema import ModelConfig
 from spo_jax.models import load_model, load_params, save_pretrained
 from spo_jax.models.folders import files_left_aside, files_to_carry
 from spo_jax.parallel.mesh import make_mesh
-from spo_jax.policies import load_policy, stop_ids
+from spo_jax.policies import load_policy, loading, stop_ids
+from spo_jax.policies.loading import compute_dtype_of, execution, narrowest_dtype
 from spo_jax.tasks import arithmetic
 from tests.models.test_fuzz_folders import spoil_bytes
 from tests.models.tiny_models import HF_CONFIGS, write_folder
@@ -213,3 +216,39 @@ def test_a_mistyped_key_of_model_init_is_an_error(tmp_path, mesh):
     with pytest.raises(ValueError, match=r"model\.init: .*hidden_sise=16 \(did you mean 'hidden_s"):
         load_policy(section, mesh, seed=0, work=tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("cpu", None, "float32"),
+        ("tpu", None, "bfloat16"),
+        ("gpu", "9.0", "bfloat16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx942", "bfloat16"),
+    ],
+)
+def test_products_are_in_the_dtype_that_the_device_has(platform, capability, expected):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert narrowest_dtype(device) == expected
+
+
+def test_a_dtype_that_is_named_or_cannot_be_narrower_stays(monkeypatch):
+    monkeypatch.setattr(loading, "narrowest_dtype", lambda device: "bfloat16")
+    expected = {"float32": "bfloat16", "bfloat16": "bfloat16", "float16": "float32"}
+    with jax.default_matmul_precision(None):
+        for stored, dtype in expected.items():
+            for mesh in (None, make_mesh()):
+                assert compute_dtype_of(ModelConfig(param_dtype=stored), mesh) == dtype
+    for named in ("float32", "bfloat16", "float16"):
+        assert compute_dtype_of(ModelConfig(compute_dtype=named)) == named
+    with jax.default_matmul_precision("highest"):
+        assert compute_dtype_of(ModelConfig()) == "float32"
+
+
+@pytest.mark.on_cpu
+def test_the_execution_has_a_dtype_and_no_auto():
+    assert execution(ModelConfig()).compute_dtype == "float32"
+    assert execution(ModelConfig(), make_mesh()).compute_dtype == "float32"

@@ -182,3 +182,21 @@ def test_model_files_that_changed_are_named_and_not_taken(tmp_path, model, capsy
     said = capsys.readouterr().err
     assert f"{own / 'tokenizer_config.json'} has changed since the run began" in said
     assert load_tokenizer(folder / "model").eos_token == "</s>"
+
+
+@pytest.mark.long
+def test_a_run_keeps_the_dtype_it_began_with_on_another_machine(
+    model, tmp_path, monkeypatch, capsys
+):
+    """``auto`` would be another one there; a dtype that is named is a change that is said."""
+    with monkeypatch.context() as accelerator:
+        accelerator.setattr(pinned, "compute_dtype_of", lambda *_: "bfloat16")
+        path, folder = started(tmp_path, model)
+    said = "model.compute_dtype: products are taken in bfloat16"
+    assert f"{said} (weights and losses are float32" in capsys.readouterr().err
+    assert read_tree(folder / "config.yaml")["model"]["compute_dtype"] == "bfloat16"
+    assert resume(path) == 0
+    assert f"{said} (as the run began; auto)" in capsys.readouterr().err
+    assert read_tree(folder / "config.yaml")["model"]["compute_dtype"] == "bfloat16"
+    assert resume(path, "--train.steps", "4", "--model.compute_dtype", "float32") == 0
+    assert "model.compute_dtype: bfloat16 -> float32" in capsys.readouterr().err
