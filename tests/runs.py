@@ -146,7 +146,7 @@ def free_port() -> int:
     of buckets make thousands: it is one below them.
     """
     while True:
-        port = random.randint(15_000, 32_000)
+        port = random.SystemRandom().randint(15_000, 32_000)  # workers may be seeded alike
         with contextlib.suppress(OSError), socket.socket() as found:
             found.bind(("localhost", port))
             return port

@@ -84,7 +84,7 @@ def _with_dtype(model: ModelConfig, begun: str | None, mesh: Mesh | None) -> Mod
         return model
     dtype = begun or compute_dtype_of(model, mesh)
     if dtype != "float32":
-        began = "as the run began" if begun else "weights and losses are float32 as ever"
+        began = "as the run began" if begun else f"weights are stored in {model.param_dtype}"
         say(f"model.compute_dtype: products are taken in {dtype} ({began}; auto)")
     return dataclasses.replace(model, compute_dtype=dtype)
 

@@ -193,7 +193,7 @@ def test_a_run_keeps_the_dtype_it_began_with_on_another_machine(
         accelerator.setattr(pinned, "compute_dtype_of", lambda *_: "bfloat16")
         path, folder = started(tmp_path, model)
     said = "model.compute_dtype: products are taken in bfloat16"
-    assert f"{said} (weights and losses are float32" in capsys.readouterr().err
+    assert f"{said} (weights are stored in float32" in capsys.readouterr().err
     assert read_tree(folder / "config.yaml")["model"]["compute_dtype"] == "bfloat16"
     assert resume(path) == 0
     assert f"{said} (as the run began; auto)" in capsys.readouterr().err
