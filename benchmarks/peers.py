@@ -8,8 +8,9 @@ read from there by every side; 4 pairs of random ids without padding; AdamW with
 interleaved over rounds. The libraries are installed by pip into environments of their own, below
 ``--environments``, which are used again; ``--torch`` says which PyTorch, a CPU build will do.
 Losses of the first two steps have to agree: the first is ln 2, the second tells of the gradients.
-Other work on the machine spoils the numbers, those of TRL most: PyTorch's threads wait for each
-other without sleeping, unless ``OMP_WAIT_POLICY=passive`` is set.
+Every process has large arrays on huge pages where the system gives them on demand, as
+``spo-jax train`` has. Other work on the machine spoils the numbers, those of TRL most: PyTorch's
+threads wait for each other without sleeping, unless ``OMP_WAIT_POLICY=passive`` is set.
 
 tokens/s counts both full sequences of a pair, for everyone. share is the time a program would take
 that computes each prompt once, the head on completions alone, nothing twice, and all of it as fast
@@ -61,6 +62,8 @@ MORE_SIDES = {
     "ours kept": Side("ours", {"reference": "precomputed", "remat": "none"}),
     "ours remat": Side("ours", {"reference": "precomputed", "remat": "full"}),
     "ours lean": Side("ours", {"reference": "precomputed", "remat": "dots_no_batch"}),
+    "ours in 2": Side("ours", {"reference": "precomputed", "micro_batches": 2}),
+    "ours in 4": Side("ours", {"reference": "precomputed", "micro_batches": 4}),
     "ours chunked": Side("ours", {"reference": "precomputed", "chunk_tokens": 2048}),
     "ours xla": Side("ours", {"reference": "precomputed", "attention": "xla"}),
     "TRL online": Side("trl", {"config": {"gradient_checkpointing": False}}),
@@ -174,6 +177,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--tolerance", type=float, help="of the losses; 1e-4, or 2e-2 in bfloat16")
     add("--environments", type=Path, default=default_environments(), help="folder of the peers'")
     add("--torch", default="torch", metavar="REQUIREMENT", help="what pip installs for PyTorch")
+    add("--tunables", default="glibc.malloc.hugetlb=1", help="of glibc, for every side; '': none")
     add("--json", type=Path, metavar="FILE", help="all numbers, too")
     options = parser.parse_args(arguments)
     if min(options.warmup, options.steps, options.rounds) < 1:
@@ -199,7 +203,8 @@ def measure_shape(shape: Shape, sides: Mapping[str, Side], pythons, options) -> 
     rounds = []
     with tempfile.TemporaryDirectory(prefix="peers_") as folder:
         job["model"] = str(Path(folder) / "model")
-        runner = Runner(Path(folder), pythons, job, {"JAX_PLATFORMS": "cpu"})
+        variables = {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": options.tunables}
+        runner = Runner(Path(folder), pythons, job, variables)
         runner.run("model", "ours_prepare")
         rate = {"shapes": product_shapes(shape, architecture)}
         for number in range(options.rounds):

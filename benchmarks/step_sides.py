@@ -28,7 +28,7 @@ JOB = {
 """What every side is told; ``model`` is a folder, or ``None`` for random weights of its own."""
 OURS = {
     "reference": "precomputed", "solver": "preference_only", "chunk_tokens": None,
-    "remat": "elementwise", "attention": "auto", "layout": "pairs",
+    "remat": "elementwise", "attention": "auto", "layout": "pairs", "micro_batches": 1,
 }  # fmt: skip
 """What a side of ours is told unless it says otherwise, and one of TRL's below."""
 TRL = {"attention": "sdpa", "config": {}}

@@ -1,6 +1,6 @@
 """``python -m spo_jax`` is ``spo-jax``."""
 
-from spo_jax.cli import main
+from spo_jax.cli import start
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(start())

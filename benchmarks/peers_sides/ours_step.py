@@ -29,7 +29,9 @@ from spo_jax import (
     make_solver,
     make_train_step,
 )
+from spo_jax.parallel.host_memory import free_behind_compiler
 
+free_behind_compiler()  # as a run of spo-jax train does
 job = measure.read_job()
 execution = Execution(
     param_dtype=job.param_dtype,
@@ -74,7 +76,7 @@ else:
 batch = BilevelBatch(preference=pairs)
 
 loss = make_preference_loss("dpo", beta=job.beta)
-objective = make_objective(logprobs, loss, reference=job.reference)
+objective = make_objective(logprobs, loss, reference=job.reference, micro_batches=job.micro_batches)
 chain, schedule = make_optimizer(
     name=job.optimizer,
     steps=job.warmup + job.steps,

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from spo_jax.parallel.host_memory import free_behind_compiler
 from spo_jax.parallel.processes import say
 from spo_jax.parallel.stores import scheme_of
 
@@ -32,8 +33,9 @@ def keep_compiled(where: bool | str = True) -> Path | None:
     (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``), else a folder of this machine
     in the user's cache. JAX's own key holds program, versions, flags and devices; the folder's name
     adds the processor, since a home folder may be shared by unlike ones. A folder that cannot be
-    written is said, and none.
+    written is said, and none. What compiling leaves in memory is given back.
     """
+    free_behind_compiler()
     if where is False:
         _use(None)
         return None

@@ -54,7 +54,8 @@ Align a language model on preference pairs with Stable Preference Optimization (
 """
 
 _COMPILING = ("evaluate", "generate", "make-pairs", "score-pairs", "dynamics")
-"""Commands beside ``train`` and ``study``, which keep compiled programs as their keys say."""
+"""Commands beside those of training, which keep compiled programs as their keys say."""
+_TRAINING = ("train", "sft", "study", "rounds")
 _COMMANDS = (
     *(train, config, data, plan, evaluate, generation, make_pairs, score_pairs),
     *(study, rounds, report, completion),
@@ -103,6 +104,15 @@ def _leave_others(text: str, status: int, *, trace: bool = False) -> None:
             end_if_told()
             traceback.print_exc()
         leave(text, status)
+
+
+def start() -> int:
+    """``main`` as a command of its own: it may take memory as computing wants it."""
+    if sys.argv[1:2] and sys.argv[1] in (*_TRAINING, *_COMPILING):
+        from spo_jax.cli.huge_pages import start_on_huge_pages
+
+        start_on_huge_pages()
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

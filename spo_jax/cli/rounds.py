@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spo_jax.cli.train import add_process_flags
+
 _ROUNDS = """\
 Iterated preference optimization: sample from the policy, make pairs of its mistakes, train on
 them, and again from where that ended. The same command goes on where it stopped.
@@ -22,24 +24,27 @@ def add_commands(commands: Any) -> None:
         help="Iterated: pairs of the policy, training on them, and again.",
         description=_ROUNDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="spo-jax rounds CONFIG [--KEY VALUE ...]",
+        usage="spo-jax rounds CONFIG [--distributed] [--KEY VALUE ...]",
     )
     rounds.add_argument("config", metavar="CONFIG", help="YAML file of rounds")
     rounds.add_argument(
         "--resume", action="store_true", help="changes nothing: rounds go on where they stopped"
     )
+    add_process_flags(rounds)
     rounds.set_defaults(command_function=_rounds, takes_keys=True)
 
 
 def _rounds(options: argparse.Namespace) -> int:
     from spo_jax.checkpoints.atomic import replace_text
-    from spo_jax.cli.train import read_overrides, say_shipped
+    from spo_jax.cli.train import join_processes, read_overrides, say_shipped
+    from spo_jax.parallel.processes import by_first, is_first
     from spo_jax.study.iterated import policy_path, read_rounds, rounds_table, run_rounds
 
+    join_processes(options)
     plan = read_rounds(options.config, read_overrides(options.overrides))
-    say_shipped(options.config)
-    table = rounds_table(run_rounds(plan))
-    replace_text(Path(plan.output_dir) / "table.md", f"# {plan.title}\n\n{table}\n")
-    print(table)
-    print(f"The policy: {policy_path(plan, plan.rounds)}")
+    say_shipped(options.config, several=True)
+    table, path = rounds_table(run_rounds(plan)), Path(plan.output_dir) / "table.md"
+    by_first(lambda: replace_text(path, f"# {plan.title}\n\n{table}\n"))
+    if is_first():
+        print(f"{table}\nThe policy: {policy_path(plan, plan.rounds)}")
     return 0

@@ -85,45 +85,46 @@ def choose_buckets(
     completion: Sequence[int] | None = None,
     most: int = MOST_SHAPES,
 ) -> LengthBuckets:
-    """Buckets as given, and where not given those that pad the data least.
+    """Buckets as given, and where not given those that pad an epoch least.
 
     With neither given, ``most`` shapes are chosen together; with one, lengths of the other, all
     of whose combinations are at most so many. Chosen lengths are multiples of 8, above 256 of 64.
     """
-    longest = rows.completion_lengths.max(axis=1)
+    longest, times = rows.completion_lengths.max(axis=1), rows.times_an_epoch()
     if not prompt and not completion:
-        return _best_shapes(rows.prompt_lengths, longest, rows.num_completions, most)
+        return _best_shapes(rows.prompt_lengths, longest, times, rows.num_completions, most)
     if prompt:
-        completion = completion or _best_lengths(longest, max(1, most // len(prompt)))
+        completion = completion or _best_lengths(longest, times, max(1, most // len(prompt)))
     else:
-        prompt = _best_lengths(rows.prompt_lengths, max(1, most // len(completion)))
+        prompt = _best_lengths(rows.prompt_lengths, times, max(1, most // len(completion)))
     return LengthBuckets(tuple(prompt), tuple(completion))
 
 
 def _best_shapes(
-    prompt: np.ndarray, completion: np.ndarray, branches: int, most: int
+    prompt: np.ndarray, completion: np.ndarray, times: np.ndarray, branches: int, most: int
 ) -> LengthBuckets:
-    sizes = [np.array(_best_lengths(x, _CANDIDATES)) for x in (prompt, completion)]
+    sizes = [np.array(_best_lengths(x, times, _CANDIDATES)) for x in (prompt, completion)]
     rows = np.stack(list(map(np.searchsorted, sizes, (prompt, completion))), axis=1)
-    rows, weight = np.unique(rows, axis=0, return_counts=True)
+    rows, which = np.unique(rows, axis=0, return_inverse=True)
+    weight = np.bincount(which.ravel(), times)
     shapes = np.indices(tuple(map(len, sizes))).reshape(2, -1).T
     covers = (shapes[:, None] >= rows).all(axis=-1)
     lengths = np.stack([size[i] for size, i in zip(sizes, shapes.T, strict=True)], axis=1)
     cost = lengths @ np.array([1.0, branches])
-    chosen = lengths[choose_covering(cost, covers, most=most, weight=weight.astype(float))]
+    chosen = lengths[choose_covering(cost, covers, most=most, weight=weight)]
     prompts, completions = (tuple(np.unique(x).tolist()) for x in chosen.T)
     return LengthBuckets(prompts, completions, tuple(map(tuple, chosen.tolist())))
 
 
-def _best_lengths(lengths: np.ndarray, most: int) -> tuple[int, ...]:
+def _best_lengths(lengths: np.ndarray, times: np.ndarray, most: int) -> tuple[int, ...]:
     step = np.where(lengths > _FINE_UP_TO, _COARSE, _FINE)
-    sizes, counts = np.unique(np.maximum(-(-lengths // step), 1) * step, return_counts=True)
-    total = np.cumsum(counts)
+    sizes, which = np.unique(np.maximum(-(-lengths // step), 1) * step, return_inverse=True)
+    total = np.cumsum(np.bincount(which.ravel(), times))
     # cost[j]: least padded sum of all rows up to sizes[j] with the buckets so far, the last at j.
     cost, chosen = sizes * total, [(int(size),) for size in sizes]
     for _ in range(min(most, len(sizes)) - 1):
         split = cost[None, :] + sizes[:, None] * (total[:, None] - total[None, :])
-        split = np.where(np.tri(len(sizes), k=-1, dtype=bool), split, np.iinfo(np.int64).max)
+        split = np.where(np.tri(len(sizes), k=-1, dtype=bool), split, np.inf)
         before = split.argmin(axis=1)
         better = split.min(axis=1) < cost
         chosen = [

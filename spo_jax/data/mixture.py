@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class Mixture:
         """Rows that an epoch has of each data set: at least one of each that has any."""
         found = zip(self.weights, self.parts(source_rows), strict=True)
         return [max(1, round(weight * len(rows))) if len(rows) else 0 for weight, rows in found]
+
+    def times(self, source_rows: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """How often an epoch has each row, on average over epochs."""
+        found = np.zeros(len(source_rows))
+        parts, sizes = self.parts(source_rows), self.sizes(source_rows)
+        for rows, size in zip(parts, sizes, strict=True):
+            found[rows] = size / max(len(rows), 1)
+        return found
 
     def epoch(
         self, source_rows: Int[np.ndarray, "N"], *, seed: int, number: int

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from spo_jax.data.chunks import COUNTED, ChunkEncoder, IdChunk
 from spo_jax.data.mixture import Mixture
@@ -66,6 +66,12 @@ class TokenizedRows:
     def epoch_size(self) -> int:
         """Rows that an epoch has: all, or as a mixture weighs them."""
         return len(self) if self.mixture is None else sum(self.mixture.sizes(self.source_rows))
+
+    def times_an_epoch(self) -> Float[np.ndarray, "N"]:
+        """How often an epoch has each row, on average: once, or as a mixture weighs them."""
+        if self.mixture is None:
+            return np.ones(len(self))
+        return self.mixture.times(self.source_rows)
 
     def epoch(self, *, seed: int, number: int) -> Int[np.ndarray, "K"]:
         """The rows of epoch ``number``, unshuffled: all, or those of the mixture."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -150,6 +154,27 @@ def by_first(make: Callable[[], Value]) -> Value:
 
 
 _IN_STEP: list[tuple[Callable[[], None], Callable[[], None]]] = []
+
+
+@contextmanager
+def shared_work(beside: Path) -> Iterator[Path]:
+    """A folder that all processes of a run see, removed at the end; several have it in ``beside``.
+
+    ``beside`` lies on their shared disk. One process alone has it where temporary files lie.
+    """
+    several = jax.process_count() > 1
+
+    def make() -> str:
+        if several:
+            beside.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=".work_", dir=beside if several else None)
+
+    folder = Path(by_first(make))
+    try:
+        yield folder
+    finally:
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_in_step(send: Callable[[], None], fetch: Callable[[], None]) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from spo_jax.config.validation import checked_config
 from spo_jax.evaluation.answers import make_exam, take_exam
 from spo_jax.models import save_pretrained
 from spo_jax.parallel.mesh import make_mesh
-from spo_jax.parallel.processes import say
+from spo_jax.parallel.processes import by_first, say, shared_work
 from spo_jax.parallel.stores import check_local
 from spo_jax.policies.loading import Policy, as_trained, load_policy
 from spo_jax.sampling.builtin import PAIRS_FILE
@@ -171,16 +171,14 @@ def run_rounds(plan: RoundsConfig) -> list[dict[str, Any]]:
     """Run what is not done yet; returns a dictionary of figures for the start and each round.
 
     The same call again goes on: rounds that are finished are kept, of a round under way the
-    samples that were drawn and the checkpoints.
+    samples that were drawn and the checkpoints. Several processes share ``output_dir``.
 
     Raises:
-        ValueError: a finished round had other settings; several processes.
+        ValueError: a finished round had other settings.
     """
-    if jax.process_count() > 1:
-        raise ValueError("rounds run in one process: start them without --distributed")
     found = [_start(plan)]
     for number in range(1, plan.rounds + 1):
-        kept = _kept(plan, number)
+        kept = by_first(partial(_kept, plan, number))
         if kept is None:
             begins = policy_path(plan, number - 1) or "random weights"
             say(f"round {number} of {plan.rounds}: from {begins}")
@@ -221,21 +219,27 @@ def _kept(plan: RoundsConfig, number: int) -> dict[str, Any] | None:
 def _start(plan: RoundsConfig) -> dict[str, Any]:
     """Graded answers of the policy that the first round begins with, if any are asked for."""
     path, settings = Path(plan.output_dir) / "start.json", _settings(plan, 1)
-    kept = json.loads(path.read_text()) if path.is_file() else {}
-    if kept and not _changed(plan, 1, kept["settings"]):
-        return kept["figures"]
+
+    def kept() -> dict[str, Any] | None:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        unchanged = found and not _changed(plan, 1, found["settings"])
+        return found["figures"] if unchanged else None
+
+    figures = by_first(kept)
+    if figures is not None:
+        return figures
     config, figures = round_config(plan, 1), {"round": 0}
-    with tempfile.TemporaryDirectory() as work:
+    with shared_work(path.parent) as work:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        policy = load_policy(config.model, mesh, seed=config.seed, work=Path(work))
+        policy = load_policy(config.model, mesh, seed=config.seed, work=work)
         figures |= _graded(config, policy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, settings, figures)
+    by_first(partial(_write, path, settings, figures))
     return figures
 
 
 def _write(path: Path, settings: dict[str, Any], figures: dict[str, Any] | None) -> None:
     text = to_json({"settings": settings, "figures": figures}, str(path), indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text + "\n")
 
 
@@ -246,26 +250,29 @@ def _graded(config: Config, policy: Policy) -> dict[str, float]:
 
 def _run(plan: RoundsConfig, number: int) -> dict[str, Any]:
     begun, folder, config = time.perf_counter(), folder_of(plan, number), round_config(plan, number)
-    folder.mkdir(parents=True, exist_ok=True)
     settings_of_round = _settings(plan, number)
-    _write(folder / RESULT_FILE, settings_of_round, None)  # begun
+    by_first(partial(_write, folder / RESULT_FILE, settings_of_round, None))  # begun
     pairs = folder / PAIRS_FILE
-    if plan.pairs and not pairs.exists():
+    if plan.pairs and not by_first(pairs.exists):
         rows, settings = _pair_options(plan, number)
         model = policy_path(plan, number - 1)
         make_pairs(model, rows.pop("data"), pairs, settings, **rows)
     finished = train(config, resume=True)["preference"]
-    with pairs.open("rb") as lines:
-        figures: dict[str, Any] = {"round": number, "pairs": sum(1 for _ in lines)}
+    figures: dict[str, Any] = {"round": number, "pairs": by_first(partial(_lines, pairs))}
     figures |= finished.metrics
     if plan.extrapolation:
         carried = _extrapolated(plan, number, finished.policy)
         graded = _graded(config, carried)
         figures |= {f"extrapolated/{name}": value for name, value in graded.items()}
     figures["seconds"] = round(time.perf_counter() - begun, 1)
-    _write(folder / RESULT_FILE, settings_of_round, figures)
+    by_first(partial(_write, folder / RESULT_FILE, settings_of_round, figures))
     jax.clear_caches()
     return figures
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _extrapolated(plan: RoundsConfig, number: int, policy: Policy) -> Policy:
@@ -273,8 +280,8 @@ def _extrapolated(plan: RoundsConfig, number: int, policy: Policy) -> Policy:
     config, mesh = round_config(plan, number), policy.model.mesh
 
     def params_of(model: ModelConfig) -> Params:
-        with tempfile.TemporaryDirectory() as work:
-            return load_policy(model, mesh, seed=config.seed, work=Path(work)).params
+        with shared_work(folder_of(plan, number)) as work:
+            return load_policy(model, mesh, seed=config.seed, work=work).params
 
     before = config.model
     if number > 1:

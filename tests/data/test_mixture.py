@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_jax.data import LengthBuckets, make_train_iterator
+from spo_jax.data import LengthBuckets, choose_buckets, make_train_iterator
 from spo_jax.data.mixture import Mixture
 from spo_jax.data.token_rows import join_rows
 from tests.data.tiny_data import make_rows
@@ -102,3 +102,18 @@ def test_a_position_belongs_to_its_weights():
 def test_too_few_rows_of_an_epoch_are_named():
     with pytest.raises(ValueError, match="2 rows do not fill one batch"):
         iterator(mixed((0.2, 0.2)), batch_size=4)
+
+
+@pytest.mark.parametrize("given_lengths", [{}, {"prompt": [104]}, {"completion": [8]}])
+def test_buckets_are_chosen_for_what_an_epoch_has(given_lengths):
+    """As if the rows of a data set that comes thrice were there three times."""
+    many = [([1] * n, [[2] * n, [3]]) for n in (3, 20, 35, 50)]
+    few = [([1] * n, [[2] * n, [3]]) for n in (60, 75, 90, 100)]
+    options = {"most": 2, **given_lengths}
+    found = {}
+    for times in (1, 5):
+        weighed = join_rows([make_rows(many), make_rows(few)], (float(times), 1.0), (4, 4))
+        found[times] = choose_buckets(weighed, **options)
+        assert found[times] == choose_buckets(make_rows([*many * times, *few]), **options)
+        np.testing.assert_array_equal(weighed.times_an_epoch(), [times] * 4 + [1] * 4)
+    assert found[1] != found[5]

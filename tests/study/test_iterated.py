@@ -24,6 +24,7 @@ from spo_jax.study.iterated import (
     run_rounds,
 )
 from spo_jax.tasks import arithmetic
+from tests.runs import finish, start_several
 from tests.study.test_study import TREE
 from tests.tiny import ARCHITECTURE
 
@@ -251,15 +252,19 @@ def test_a_round_that_stopped_goes_on_to_the_same_end(done, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-@pytest.mark.long
-def test_pairs_of_a_file_are_made_anew_by_each_round(tmp_path):
+def write_problems(folder):
+    """Sums as a file, and the section ``pairs`` of it."""
     problems = [arithmetic.solve(a, b, 1) for a in range(4) for b in range(4)]
-    file = tmp_path / "problems.jsonl"
+    file = folder / "problems.jsonl"
     lines = [json.dumps({"prompt": p.prompt, "completion": p.completion}) for p in problems]
     file.write_text("\n".join(lines))
-    pairs = {"data": str(file), "task": "arithmetic", "samples": 2, "max_new_tokens": 12,
-             "cut_off": "keep"}  # fmt: skip
-    start = tmp_path / "start"
+    return {"data": str(file), "task": "arithmetic", "samples": 2, "max_new_tokens": 12,
+            "cut_off": "keep"}  # fmt: skip
+
+
+@pytest.mark.long
+def test_pairs_of_a_file_are_made_anew_by_each_round(tmp_path):
+    pairs, start = write_problems(tmp_path), tmp_path / "start"
     one = written(tmp_path)
     run_rounds(read_rounds(one, {"rounds": 1, "output_dir": str(start)}))
     run = {**OF_FILES, "model": {"path": str(start / "round1")}}
@@ -268,3 +273,37 @@ def test_pairs_of_a_file_are_made_anew_by_each_round(tmp_path):
     files = [(tmp_path / "out" / f"round{k}" / "pairs.jsonl").read_text() for k in (1, 2)]
     assert all(text.count("\n") >= 8 for text in files)
     assert files[0] != files[1]
+
+
+@pytest.mark.long
+def test_two_processes_make_the_rounds_of_one(done, tmp_path):
+    """Pairs of the built-in task and of a file, trained on and carried on."""
+    options = {"command": "rounds", "log": tmp_path / "two"}
+
+    def together(path, folder):
+        found = finish(start_several(path, folder, 2, **options), 300)
+        assert found == [0, 0], "\n".join(p.read_text() for p in tmp_path.glob("two.*.log"))
+        assert not list(folder.rglob(".work_*"))
+
+    two = tmp_path / "two"
+    together(done, two)
+    plan = read_rounds(done)
+    for number in (1, 2):
+        folders = [
+            folder_of(x, number) for x in (plan, read_rounds(done, {"output_dir": str(two)}))
+        ]
+        one, other = (json.loads((x / "result.json").read_text())["figures"] for x in folders)
+        assert set(one) == set(other)
+        for name in set(one) - {"seconds", "tokens_per_second", "data_wait_share"}:
+            np.testing.assert_allclose(other[name], one[name], rtol=2e-3, atol=2e-4, err_msg=name)
+        found = [params_of(x / "policy") for x in folders]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *found)
+
+    model = {"path": policy_path(plan, 1)}
+    path = written(
+        tmp_path, run={**OF_FILES, "model": model}, pairs=write_problems(tmp_path), rounds=1
+    )
+    assert main(["rounds", str(path)]) == 0
+    together(path, tmp_path / "of_file")
+    files = [tmp_path / name / "round1" / "pairs.jsonl" for name in ("out", "of_file")]
+    assert files[0].read_text() == files[1].read_text()

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from spo_jax.checkpoints.checksums import params_fingerprint
 from spo_jax.config.schema import DataConfig
 from spo_jax.data import TextRows
 from spo_jax.parallel.mesh import make_mesh
-from spo_jax.parallel.processes import by_first, say
+from spo_jax.parallel.processes import by_first, say, shared_work
 from spo_jax.parallel.software import versions
 from spo_jax.policies.completions import Completion
 from spo_jax.policies.limits import check_texts
@@ -79,9 +78,9 @@ def make_pairs(
         ignore_columns=tuple(ignore_columns),
         chat_template=chat_template,
     )
-    with TemporaryDirectory() as work:
+    with shared_work(out.parent) as work:
         config = as_trained(model, compute_dtype)
-        policy = load_policy(config, make_mesh(), seed=0, work=Path(work))
+        policy = load_policy(config, make_mesh(), seed=0, work=work)
         day = date_of_run(model)
         rows = read_rows(section, "sft", policy.tokenizer, name="data", date=day)
         problems = gradable_problems(rows, policy.tokenizer, settings.task, on_bad_row=on_bad_row)
