@@ -17,6 +17,7 @@ import pytest
 
 from spo_jax.data import rows_to_batch
 from spo_jax.models import init_model
+from spo_jax.models.attention import Layout
 from spo_jax.objective.levels import make_logprobs_fn
 from spo_jax.objective.logprobs import scored_mask
 from tests.data.test_packing import mixed_rows
@@ -413,8 +414,19 @@ def test_the_cost_of_a_token_is_drawn(script, tmp_path, capsys):
 
 def test_what_is_not_the_tokens_own_is_taken_off(script):
     linear_cost = script("linear_cost")
-    cost = linear_cost.Cost(step=1.0, weights=0.25, attention=0.5)
+    cost = linear_cost.Cost(step=1.0, without=0.5, weights=0.25)
     assert cost.per_token(linear_cost.Case(2, 1000)) == (500.0, 125.0)
+
+
+def test_a_step_without_attention_knows_of_no_other_token(script):
+    linear_cost = script("linear_cost")
+    context = linear_cost.BranchAttention(jnp.ones((2, 4), int), Layout(2, 2, 2), "auto", None)
+    q, k, v = (np.random.default_rng(i).normal(size=(1, 6, n, 4)) for i, n in enumerate((4, 2, 2)))
+    with linear_cost.without_attention():
+        out, _ = context.attend(*map(jnp.asarray, (q, k, v)), None, None)
+    expected = q + np.repeat(k + v, 2, axis=2)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert linear_cost.BranchAttention.attend.__name__ == "attend"  # as it was
 
 
 @pytest.mark.long
