@@ -150,7 +150,7 @@ def draw(series: Mapping[str, dict[Case, Cost]], picture: Path) -> None:
             axes.set_xlabel(label, color=INK)
         panels[0].set_ylim(0, 1.05 * max(axes.dataLim.y1 for axes in panels))
         panels[0].set_ylabel("microseconds a token")
-        panels[0].legend(loc="lower right")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         picture.write_bytes(figure_to_png(figure))
 
 
