@@ -21,7 +21,7 @@ def start_on_huge_pages() -> None:
     ones if it is told so before it starts. Nothing may have been done yet: the process keeps its
     number, arguments and files, and loses all else.
     """
-    if TUNABLES in os.environ or not _on_demand():
+    if TUNABLES in os.environ or not sys.executable or not _on_demand():
         return
     variables = os.environ | {TUNABLES: "glibc.malloc.hugetlb=1"}
     with suppress(OSError):

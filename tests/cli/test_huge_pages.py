@@ -61,6 +61,13 @@ def test_what_the_user_has_set_stays(started, monkeypatch, own):
     assert started == []
 
 
+@pytest.mark.parametrize("interpreter", [None, ""])
+def test_not_inside_another_program(started, monkeypatch, interpreter):
+    monkeypatch.setattr(sys, "executable", interpreter)
+    start_on_huge_pages()
+    assert started == []
+
+
 def test_where_nothing_can_be_started_it_goes_on(started, monkeypatch):
     def fails(*call):
         raise PermissionError
