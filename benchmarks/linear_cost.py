@@ -115,9 +115,10 @@ def least_seconds(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[A
 
 def measure(model: Model, cases: list[Case], repeats: int) -> dict[Case, Cost]:
     """The cost of every case."""
-    runs: dict[Any, Callable[[], Any]] = {}
+    runs: dict[Any, Callable[[], Any]] = {
+        ("weights", pairs): make_step(model, Case(pairs, 8)) for pairs in {c.pairs for c in cases}
+    }
     for case in cases:
-        runs["weights", case.pairs] = make_step(model, Case(case.pairs, 8))
         runs["step", case] = make_step(model, case)
         runs["without", case] = make_step(model, case, attention=False)
     seconds = least_seconds(runs, repeats)
