@@ -151,8 +151,13 @@ def jit_step(step: Any, shardings: Any = None) -> Any:
 
 
 def init_state(solver: Solver, objective: Objective, params: Params, key: Any) -> TrainState:
-    """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(params), key)
+    """The state before the first update.
+
+    No leaf is weakly typed, as ``jnp.full((), inf)`` is: one such would be of another type behind
+    the first update, and the step would be compiled again.
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), solver.init(params), objective.init(params), key)
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)
 
 
 def shard_state(

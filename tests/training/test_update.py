@@ -67,6 +67,21 @@ def test_a_broken_row_changes_nothing_but_the_count(name, micro_batches):
     same(again, expected)
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_second_update_is_the_program_of_the_first(name):
+    """Its state is of the same types, weak ones too: else it would be compiled again."""
+    inner_data = "chosen" if name == "preference_only" else "sft"
+    init, step = make_step(name, "alphadpo", inner_data, inner_value="running_min")
+
+    def types(state):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+
+    before = jax.eval_shape(init, PARAMS, KEY)
+    after, _ = jax.eval_shape(step, before, batch_of(inner_data))
+    assert types(after) == types(before)
+
+
 def test_infinite_parameters_after_an_inner_step_are_not_kept():
     """The inner step of an alternating update overflows; its outer gradient tells."""
     from spo_jax.losses import make_preference_loss
