@@ -9,7 +9,8 @@ which can be differentiated any number of times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,42 @@ class _Block(NamedTuple):
     start: int
     stop: int
     first: int
+
+    def queries(self, completion: int) -> tuple[int, int]:
+        """Where its queries begin and end in packed order."""
+        ahead = self.branch * completion
+        return self.start + ahead, self.stop + ahead
+
+    def keys(self, prompt: int, completion: int) -> list[tuple[int, int]]:
+        """Where its keys do: the prompt's, then the branch's own."""
+        ahead = self.branch * completion
+        own = (max(self.first, prompt) + ahead, self.stop + ahead)
+        parts = [(self.first, min(self.stop, prompt)), own]
+        return [part for part in parts if part[0] < part[1]]
+
+
+class _Pieces:
+    """An array cut once along ``axis``, at ``cuts``; what lies between two of them is joined again.
+
+    Slices would each have a gradient as long as the array, padded with zeros; a piece's is as
+    long as the piece.
+    """
+
+    def __init__(self, x: Any, axis: int, cuts: Iterable[int]):
+        places = sorted({0, x.shape[axis], *cuts})
+        sizes = [stop - start for start, stop in itertools.pairwise(places)]
+        pieces = jax.lax.split(x, sizes, axis=axis)
+        self.axis, self.pieces = axis, dict(zip(places, pieces, strict=False))
+
+    def between(self, *parts: tuple[int, int]) -> Any:
+        """``parts`` are ``(start, stop)``, both among the cuts."""
+        found = [
+            piece
+            for start, stop in parts
+            for place, piece in self.pieces.items()
+            if start <= place < stop
+        ]
+        return found[0] if len(found) == 1 else jnp.concatenate(found, axis=self.axis)
 
 
 def _blocks(prompt: int, branches: int, completion: int, window: Any) -> Iterator[_Block]:
@@ -72,14 +109,6 @@ def blocked_attention(
     q = q.reshape(batch, packed, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
 
-    def keys_of(x: Any, block: _Block) -> Any:
-        """Along the branch: the prompt's, then the branch's own."""
-        ahead = block.branch * completion
-        if not ahead:
-            return x[:, :, block.first : block.stop]
-        own = x[:, :, max(block.first, prompt) + ahead : block.stop + ahead]
-        return jnp.concatenate([x[:, :, block.first : prompt], own], axis=2)
-
     def seen(block: _Block) -> Any:
         """Whether a query of the block sees a key of ``keys_of``."""
         ids = segment_ids[:, min(block.branch, segment_ids.shape[1] - 1)]
@@ -101,11 +130,25 @@ def blocked_attention(
 
     # Counted in positions, a window leaves out keys in places that only the batch tells.
     static_window = window if positions is None else None
+    blocks = list(_blocks(prompt, branches, completion, static_window))
+    cuts = {
+        place
+        for block in blocks
+        for part in (block.queries(completion), *block.keys(prompt, completion))
+        for place in part
+    }
+    q_pieces, k_pieces, v_pieces = _Pieces(q, 3, cuts), _Pieces(k, 2, cuts), _Pieces(v, 2, cuts)
     found = []
-    for block in _blocks(prompt, branches, completion, static_window):
-        ahead = block.branch * completion
-        queries = q[:, :, :, block.start + ahead : block.stop + ahead]
-        found.append(attend(queries, keys_of(k, block), keys_of(v, block), seen(block)))
+    for block in blocks:
+        keys = block.keys(prompt, completion)
+        found.append(
+            attend(
+                q_pieces.between(block.queries(completion)),
+                k_pieces.between(*keys),
+                v_pieces.between(*keys),
+                seen(block),
+            )
+        )
     out = jnp.concatenate(found, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, packed, heads, width).astype(dtype)
 
