@@ -31,13 +31,8 @@ class _Block(NamedTuple):
     stop: int
     first: int
 
-    def queries(self, completion: int) -> tuple[int, int]:
-        """Where its queries begin and end in packed order."""
-        ahead = self.branch * completion
-        return self.start + ahead, self.stop + ahead
-
     def keys(self, prompt: int, completion: int) -> list[tuple[int, int]]:
-        """Where its keys do: the prompt's, then the branch's own."""
+        """Where its keys begin and end in packed order: the prompt's, then the branch's own."""
         ahead = self.branch * completion
         own = (max(self.first, prompt) + ahead, self.stop + ahead)
         parts = [(self.first, min(self.stop, prompt)), own]
@@ -45,27 +40,26 @@ class _Block(NamedTuple):
 
 
 class _Pieces:
-    """An array cut once along ``axis``, at ``cuts``; what lies between two of them is joined again.
+    """Keys or values, cut once at ``cuts``; what lies between two of them is joined again.
 
     Slices would each have a gradient as long as the array, padded with zeros; a piece's is as
     long as the piece.
     """
 
-    def __init__(self, x: Any, axis: int, cuts: Iterable[int]):
-        places = sorted({0, x.shape[axis], *cuts})
-        sizes = [stop - start for start, stop in itertools.pairwise(places)]
-        pieces = jax.lax.split(x, sizes, axis=axis)
-        self.axis, self.pieces = axis, dict(zip(places, pieces, strict=False))
+    def __init__(self, x: Any, cuts: Iterable[int]):
+        starts = sorted({0, x.shape[2], *cuts})
+        sizes = [stop - start for start, stop in itertools.pairwise(starts)]
+        self.by_start = dict(zip(starts[:-1], jax.lax.split(x, sizes, axis=2), strict=True))
 
-    def between(self, *parts: tuple[int, int]) -> Any:
+    def between(self, parts: Iterable[tuple[int, int]]) -> Any:
         """``parts`` are ``(start, stop)``, both among the cuts."""
         found = [
             piece
             for start, stop in parts
-            for place, piece in self.pieces.items()
+            for place, piece in self.by_start.items()
             if start <= place < stop
         ]
-        return found[0] if len(found) == 1 else jnp.concatenate(found, axis=self.axis)
+        return jnp.concatenate(found, axis=2)
 
 
 def _blocks(prompt: int, branches: int, completion: int, window: Any) -> Iterator[_Block]:
@@ -131,24 +125,14 @@ def blocked_attention(
     # Counted in positions, a window leaves out keys in places that only the batch tells.
     static_window = window if positions is None else None
     blocks = list(_blocks(prompt, branches, completion, static_window))
-    cuts = {
-        place
-        for block in blocks
-        for part in (block.queries(completion), *block.keys(prompt, completion))
-        for place in part
-    }
-    q_pieces, k_pieces, v_pieces = _Pieces(q, 3, cuts), _Pieces(k, 2, cuts), _Pieces(v, 2, cuts)
-    found = []
-    for block in blocks:
-        keys = block.keys(prompt, completion)
-        found.append(
-            attend(
-                q_pieces.between(block.queries(completion)),
-                k_pieces.between(*keys),
-                v_pieces.between(*keys),
-                seen(block),
-            )
-        )
+    queries = jax.lax.split(q, [block.stop - block.start for block in blocks], axis=3)
+    places = [block.keys(prompt, completion) for block in blocks]
+    cuts = [cut for parts in places for part in parts for cut in part]
+    keys, values = _Pieces(k, cuts), _Pieces(v, cuts)
+    found = [
+        attend(asking, keys.between(parts), values.between(parts), seen(block))
+        for block, asking, parts in zip(blocks, queries, places, strict=True)
+    ]
     out = jnp.concatenate(found, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, packed, heads, width).astype(dtype)
 

@@ -77,6 +77,15 @@ def test_sixteen_bits_are_close_to_32(dtype, close):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 170])
+def test_no_gradient_is_padded_to_the_whole(window):
+    """What a slice would do, once for each block."""
+    inputs, weights, real, layout = problem(150, 2, 200)
+    attend = readout(attended("blocked", real, layout, window), real, weights)
+    gradient = jax.jit(jax.grad(lambda *x: attend(*x)[0], (0, 1, 2)))
+    assert "stablehlo.pad" not in gradient.lower(*inputs).as_text()
+
+
 def test_second_derivatives_equal_xlas():
     """Unrolled solvers differentiate a gradient."""
     (q, k, v), weights, real, layout = problem(130, 2, 6)

@@ -29,7 +29,7 @@ SETTINGS = {
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
     "sft": {"steps": 3, "batch_size": 8},
     "train": {"steps": 12, "eval_every": 4, "gradient_accumulation": 2, "save_every": 4},
-    "dynamics": {"every": 6, "pairs": 4, "max_new_tokens": 4, "samples": 0},
+    "dynamics": {"every": 6, "pairs": 8, "max_new_tokens": 4, "samples": 0},
 }
 
 
