@@ -20,6 +20,8 @@ from spo_jax import (
 )
 from spo_jax.models import init_model
 from spo_jax.solvers import SOLVERS
+from spo_jax.solvers.base import apply_gradients
+from spo_jax.training.update import _in_order
 from spo_jax.types import BilevelBatch
 from tests.tiny import ARCHITECTURE
 from tests.training.test_solvers_on_models import KEY, PARAMS, batch_of, make_step
@@ -162,7 +164,6 @@ def test_the_share_moved_is_among_the_metrics():
 def test_finite_norms_bound_every_moment(name):
     """Gradients as large as float32 has them: what the two norms let through is all finite."""
     from spo_jax.solvers import all_finite, make_optimizer
-    from spo_jax.solvers.base import apply_gradients
 
     chain, _ = make_optimizer(name=name, steps=9, learning_rate=1e-3, max_grad_norm=None)
     let_through = []
@@ -190,3 +191,21 @@ def test_the_step_copies_nothing_of_the_state_it_is_given():
     text = step.lower(state, BilevelBatch(pairs)).compile().as_text()
     copied = re.findall(r"copy\(%?(state_solver\w*)", text)
     assert not [name for name in copied if "embed" in name or "kernel" in name]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a compiler's own choice elsewhere")
+def test_behind_the_gradients_a_step_keeps_less_than_one_more_array_of_moments():
+    """What AdamW's metrics and its new state both need is not written for the one and kept."""
+    chain = optax.adamw(1e-3)
+    params = {"kernel": jnp.ones((512, 512))}
+
+    def store(params, state, grads):
+        moved, new_state, metrics = apply_gradients(chain, grads, state, params)
+        fine = _in_order(jnp.isfinite(metrics["grad_norm"]), metrics)
+        keep = lambda new, old: jnp.where(fine, new, old)  # noqa: E731
+        return jax.tree.map(keep, (moved, new_state), (params, state)), metrics
+
+    given = params, chain.init(params), params
+    compiled = jax.jit(store, donate_argnums=(0, 1)).lower(*given).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / params["kernel"].nbytes
+    assert temporaries < 3.5, "weights"
