@@ -163,11 +163,9 @@ class _Cut(NamedTuple):
         shards = self.row_shards
         if shards == 1:
             # As matrices: over three axes the CPU compiler would copy both sides first.
-            found = jnp.einsum(
-                "rd,rv->dv",
+            found = _summed_over_rows(
                 states.reshape(-1, states.shape[-1]),
                 logit_gradient.reshape(-1, logit_gradient.shape[-1]),
-                preferred_element_type=jnp.float32,
             )[None]
         else:
             found = jnp.einsum(
@@ -183,6 +181,14 @@ class _Cut(NamedTuple):
         wide = jnp.float32 if self.vocabulary else None
         found = jnp.einsum("bncv,dv->bncd", logit_gradient, head, preferred_element_type=wide)
         return self.from_logits(found).astype(head.dtype)
+
+
+def _summed_over_rows(states: Any, logit_gradient: Any) -> Any:
+    """``[D, V]``, float32, of ``[rows, D]`` and ``[rows, V]``."""
+    # Turned first, and not as a way to read the states: the CPU's fast product reads its left
+    # factor row by row, and a slower one would be called.
+    turned = jax.lax.optimization_barrier(states.T)
+    return jnp.einsum("dr,rv->dv", turned, logit_gradient, preferred_element_type=jnp.float32)
 
 
 SPARE_TRAFFIC = 2
@@ -327,8 +333,9 @@ def _from_kept(cap, kept, hidden, head, tokens, normalizer, cotangent):
         )
         gradient = ct[:, None] * (_is_target(head, targets) - jnp.exp(logits_ - log_z[:, None]))
         gradient = (gradient * _slope(logits_, cap)).astype(head.dtype)
-        found = jnp.einsum("rd,rv->dv", states, gradient, preferred_element_type=jnp.float32)
-        return head_gradient + found, jnp.einsum("rv,dv->rd", gradient, head)
+        return head_gradient + _summed_over_rows(states, gradient), jnp.einsum(
+            "rv,dv->rd", gradient, head
+        )
 
     start = jnp.zeros(head.shape, jnp.float32)
     head_gradient, found = jax.lax.scan(body, start, jnp.arange(parts) * (rows // parts))

@@ -193,7 +193,7 @@ def test_the_step_copies_nothing_of_the_state_it_is_given():
     assert not [name for name in copied if "embed" in name or "kernel" in name]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a compiler's own choice elsewhere")
+@pytest.mark.on_cpu
 def test_behind_the_gradients_a_step_keeps_less_than_one_more_array_of_moments():
     """What AdamW's metrics and its new state both need is not written for the one and kept."""
     chain = optax.adamw(1e-3)
