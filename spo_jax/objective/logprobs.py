@@ -185,9 +185,11 @@ class _Cut(NamedTuple):
 
 def _summed_over_rows(states: Any, logit_gradient: Any) -> Any:
     """``[D, V]``, float32, of ``[rows, D]`` and ``[rows, V]``."""
-    # Turned first, and not as a way to read the states: the CPU's fast product reads its left
+    # On a CPU turned first, and not as a way to read the states: its fast product reads its left
     # factor row by row, and a slower one would be called.
-    turned = jax.lax.optimization_barrier(states.T)
+    turned = jax.lax.platform_dependent(
+        states.T, cpu=jax.lax.optimization_barrier, default=lambda x: x
+    )
     return jnp.einsum("dr,rv->dv", turned, logit_gradient, preferred_element_type=jnp.float32)
 
 

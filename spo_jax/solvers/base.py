@@ -157,6 +157,7 @@ def apply_gradients(
 
     ``grad_norm``, ``update_norm`` and ``moved_share``: of the weights with a gradient, the share
     that the step changed. The norm says what was asked for, the share what was stored of it.
+    Compiled for a CPU, ``optimizer`` is called twice; a callback in it would be too.
     """
     updates, new_state = optimizer.update(grads, optimizer_state, params)
     moved = optax.apply_updates(params, updates)
@@ -165,29 +166,19 @@ def apply_gradients(
         "update_norm": norm(updates),
         "moved_share": moved_share(moved, params, grads),
     }
-    if isinstance(metrics["grad_norm"], jax.core.Tracer):
-        moved, new_state = _stored_later(
-            optimizer, (grads, optimizer_state, params), updates, (moved, new_state)
-        )
-    return moved, new_state, metrics
+    if not isinstance(metrics["grad_norm"], jax.core.Tracer):
+        return moved, new_state, metrics
 
+    def anew():
+        given = jax.lax.optimization_barrier((grads, optimizer_state, params, updates))
+        again, old_state, old, kept = given
+        return optax.apply_updates(old, kept), optimizer.update(again, old_state, old)[1]
 
-def _stored_later(optimizer, given, updates, found):
-    """What ``apply_gradients`` has ``found``, on a CPU computed once more where it is stored.
-
-    A step is stored behind its metrics (``make_train_step``). New moments that the metrics and
-    the new state both use would be written, kept, and read again. Here the ``updates`` alone are
-    kept, and the moments, few operations a number, are computed a second time.
-    """
-
-    def anew(given, updates, found):
-        del found
-        (grads, state, params), updates = jax.lax.optimization_barrier((given, updates))
-        return optax.apply_updates(params, updates), optimizer.update(grads, state, params)[1]
-
-    return jax.lax.platform_dependent(
-        given, updates, found, cpu=anew, default=lambda *arguments: arguments[-1]
-    )
+    # A step is stored behind its metrics (``make_train_step``). On a CPU new moments that metrics
+    # and new state both use would be written, kept, and read again: there the updates alone are
+    # kept, and the moments, few operations a number, are computed once more.
+    found = jax.lax.platform_dependent(cpu=anew, default=lambda: (moved, new_state))
+    return *found, metrics
 
 
 def norm(tree: Params) -> Scalar:

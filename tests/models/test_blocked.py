@@ -77,7 +77,6 @@ def test_sixteen_bits_are_close_to_32(dtype, close):
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=close, atol=close)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 170])
 def test_no_gradient_is_padded_to_the_whole(window):
     """What a slice would do, once for each block."""
@@ -87,6 +86,7 @@ def test_no_gradient_is_padded_to_the_whole(window):
     assert "stablehlo.pad" not in gradient.lower(*inputs).as_text()
 
 
+@pytest.mark.slow
 def test_second_derivatives_equal_xlas():
     """Unrolled solvers differentiate a gradient."""
     (q, k, v), weights, real, layout = problem(130, 2, 6)
