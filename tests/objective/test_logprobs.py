@@ -199,12 +199,11 @@ def test_a_gpu_is_asked_for_its_memory_by_one_process_alone(processes, rows):
 
 
 @pytest.mark.on_cpu
-@pytest.mark.parametrize("chunk_tokens", [4, 1000])
-def test_the_heads_gradient_is_the_fast_product(chunk_tokens):
+def test_the_heads_gradient_is_the_fast_product():
     """Its left factor lies row by row: summed over its last axis, not over its first."""
-    hidden, head = jnp.ones((2, 2, 6, 16)), jnp.ones((16, 96))
-    tokens = jnp.zeros((2, 2, 6), jnp.int32)
-    of = lambda w: token_logprobs(hidden, w, tokens, chunk_tokens=chunk_tokens).sum()  # noqa: E731
+    hidden, head = jnp.ones((2, 2, 64, 32)), jnp.ones((32, 512))
+    tokens = jnp.zeros((2, 2, 64), jnp.int32)
+    of = lambda w: token_logprobs(hidden, w, tokens, chunk_tokens=64).sum()  # noqa: E731
     text = jax.jit(jax.grad(of)).lower(head).compile().as_text()
-    summed = re.findall(r"= f32\[16,96\]\S* dot\(.*?lhs_contracting_dims=\{(\d)\}", text)
+    summed = re.findall(r"= f32\[32,512\]\S* dot\(.*?lhs_contracting_dims=\{(\d)\}", text)
     assert set(summed) == {"1"}
